@@ -1,0 +1,1 @@
+"""Kernel data plane: the only part of the stack, with `stack`, that touches the operating system."""
