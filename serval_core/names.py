@@ -1,7 +1,7 @@
 """How are services, flows, control packets and hosts named, and how are those names written?
 
-Covers the binary identities and their text forms (SPEC 1.2, 1.3), and the order of version numbers. Knows nothing of tables,
-packets or configuration files.
+Covers the binary identities and their text forms (SPEC 1.2, 1.3), and the order of version numbers. Knows
+nothing of tables, packets or configuration files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SERVICE_ID_BITS = 256
 NONCE_BYTES = 8
 
 FlowID = NewType("FlowID", int)
-"""32 bits, chosen by the host that receives packets carrying it as destination. 0 on the wire means unknown."""
+"""32 bits, chosen by the host that packets carrying it as destination go to. 0 on the wire means unknown."""
 
 Nonce = bytes
 """8 random bytes; each side repeats its own in every control packet of a flow."""
@@ -36,7 +36,10 @@ class NameMistake(OurMistake):
 
 
 class ServiceID(bytes):
-    """A service's name: exactly 32 opaque bytes, most significant bit first (SPEC 1.2). OurMistake for any other length."""
+    """A service's name: exactly 32 opaque bytes, most significant bit first (SPEC 1.2).
+
+    OurMistake for any other length.
+    """
 
     __slots__ = ()
 
@@ -72,7 +75,10 @@ DEFAULT_SERVICE = ServiceID(bytes(SERVICE_ID_BYTES))
 
 
 class ServicePrefix(NamedTuple):
-    """The serviceIDs whose first `bits` (0..256) equal those of `service_id`. Make it with `of`, which clears the other bits."""
+    """The serviceIDs whose first `bits` (0..256) equal those of `service_id`.
+
+    Make it with `of`, which clears the other bits.
+    """
 
     service_id: ServiceID
     bits: int
@@ -111,8 +117,9 @@ DEFAULT_PREFIX = ServicePrefix(DEFAULT_SERVICE, 0)
 def parse_service(text: str, names: Mapping[str, ServicePrefix] | None = None) -> ServicePrefix:
     """Read a serviceID or a prefix of serviceIDs (SPEC 1.2.1).
 
-    `default`; a decimal number (big endian in the first four bytes: 76568 is 00012b18 and zeros); `0x` and an even number of
-    hex digits, left-aligned; 64 hex digits; the last three with an optional `:BITS`; or a key of `names`. Raises NameMistake.
+    `default`; a decimal number (big endian in the first four bytes: 76568 is 00012b18 and zeros); `0x` and an
+    even number of hex digits, left-aligned; 64 hex digits; the last three with an optional `:BITS`; or a key
+    of `names`. Raises NameMistake.
     """
     if text == "default":
         return DEFAULT_PREFIX
@@ -126,10 +133,13 @@ def parse_service(text: str, names: Mapping[str, ServicePrefix] | None = None) -
     else:
         return _from_names(text, names or {})
     if not any(service_id):
-        raise NameMistake(f'"{text}" is the all-zero serviceID, which only stands for the default rule: write "default"')
+        raise NameMistake(f'"{text}" is all zero, which only the default rule may be: write "default"')
     prefix = ServicePrefix.of(service_id, _parse_bits(bits_text, text) if colon else SERVICE_ID_BITS)
     if not any(prefix.service_id):
-        raise NameMistake(f'the first {prefix.bits} bits of "{body}" are all zero, which only the default rule may be: write "default"')
+        raise NameMistake(
+            f'the first {prefix.bits} bits of "{body}" are all zero, '
+            'which only the default rule may be: write "default"'
+        )
     return prefix
 
 
@@ -145,8 +155,8 @@ def _from_hex(body: str) -> ServiceID:
         raise NameMistake(f'"{body}" is no serviceID: it has {len(digits)} hex digits, and 64 are the most')
     if len(digits) % 2:
         raise NameMistake(
-            f'"{body}" has an odd number of hex digits and could mean 0x{digits}0 (as the prototype reads it) '
-            f"or 0x{digits[:-1]}0{digits[-1]}: write the one that you mean"
+            f'"{body}" has an odd number of hex digits and could mean 0x{digits}0 (as the prototype reads it) or '
+            f"0x{digits[:-1]}0{digits[-1]}: write the one that you mean"
         )
     return ServiceID(bytes.fromhex(digits).ljust(SERVICE_ID_BYTES, b"\0"))
 
@@ -154,7 +164,10 @@ def _from_hex(body: str) -> ServiceID:
 def _from_decimal(body: str) -> ServiceID:
     # int() refuses very long numerals with an error of its own, hence the look at the length first.
     if len(body) > 64 or int(body) > 0xFFFFFFFF:
-        raise NameMistake(f'"{body}" is too large for a decimal serviceID, which has 32 bits (at most 4294967295): use 0x… for longer ones')
+        raise NameMistake(
+            f'"{body}" is too large for a decimal serviceID (32 bits, at most 4294967295): '
+            "write longer ones as 0x and hex digits"
+        )
     return ServiceID.from_number(int(body))
 
 
@@ -163,7 +176,7 @@ def _parse_bits(bits_text: str, text: str) -> int:
         raise NameMistake(f'"{text}" has no number of bits after the colon: write 1 to 256')
     bits = int(bits_text)
     if not 1 <= bits <= SERVICE_ID_BITS:
-        raise NameMistake(f'"{text}" has a prefix of {bits} bits, and only 1 to {SERVICE_ID_BITS} are possible')
+        raise NameMistake(f'"{text}" has a prefix of {bits} bits, and only 1 to 256 are possible')
     return bits
 
 
@@ -172,8 +185,13 @@ def _from_names(text: str, names: Mapping[str, ServicePrefix]) -> ServicePrefix:
         return names[text]
     nearest = difflib.get_close_matches(text, [*names, "default"], n=1)
     if nearest:
-        raise NameMistake(f'"{text}" is neither a serviceID nor a known service name: did you mean "{nearest[0]}"?')
-    raise NameMistake(f'"{text}" is neither a serviceID (a decimal number, 0x and hex digits, or "default") nor a known service name')
+        raise NameMistake(
+            f'"{text}" is neither a serviceID nor a known service name: did you mean "{nearest[0]}"?'
+        )
+    raise NameMistake(
+        f'"{text}" is neither a serviceID (a decimal number, 0x and hex digits, or "default") '
+        "nor a known service name"
+    )
 
 
 def before(a: int, b: int) -> bool:
@@ -191,7 +209,7 @@ def parse_address(text: str) -> int:
     try:
         return int(ipaddress.IPv4Address(text))
     except ValueError:
-        raise NameMistake(f'"{text}" is no IPv4 address: write four numbers from 0 to 255 with dots between them') from None
+        raise NameMistake(f'"{text}" is no IPv4 address: write four numbers from 0 to 255 with dots') from None
 
 
 def format_address(address: int) -> str:
