@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: (BSD-3-Clause OR GPL-2.0-only) */
+/* Which numbers are fixed? Protocol constants, and the constants that user space and the programs agree on. */
+#pragma once
+
+#define IPPROTO_SAL 144
+#define SAL_HEADER_BYTES 12
+#define SAL_HEADER_WORDS 3 /* shl of a data packet: base header, no extension (SPEC 2.1) */
+
+#define ETHERNET_BYTES 14
+#define IPV4_BYTES 20
+#define TCP_BYTES 20
+#define IP_FRAGMENT_MASK 0x3fff /* more-fragments bit and offset */
+
+#define TCP_FLAG_FIN 0x01
+#define TCP_FLAG_RST 0x04
+
+/* struct flow: flags */
+#define FLOW_EXPECTED 1          /* half-open: data goes up to the SAL, which completes the handshake with it */
+#define FLOW_COMPLETE_CHECKSUM 2 /* the peer or its link needs finished TCP checksums */
+
+/* struct flow_event: kind */
+#define EVENT_FIN_ACKNOWLEDGED 1
+#define EVENT_RESET_SENT 2
+
+#define MAX_FLOWS 65536
