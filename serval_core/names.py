@@ -155,8 +155,8 @@ def _from_hex(body: str) -> ServiceID:
         raise NameMistake(f'"{body}" is no serviceID: it has {len(digits)} hex digits, and 64 are the most')
     if len(digits) % 2:
         raise NameMistake(
-            f'"{body}" has an odd number of hex digits and could mean 0x{digits}0 (as the prototype reads it) or '
-            f"0x{digits[:-1]}0{digits[-1]}: write the one that you mean"
+            f'"{body}" has an odd number of hex digits, so write the one that you mean: '
+            f"0x{digits}0 (as the prototype reads it) or 0x{digits[:-1]}0{digits[-1]}"
         )
     return ServiceID(bytes.fromhex(digits).ljust(SERVICE_ID_BYTES, b"\0"))
 
@@ -209,7 +209,7 @@ def parse_address(text: str) -> int:
     try:
         return int(ipaddress.IPv4Address(text))
     except ValueError:
-        raise NameMistake(f'"{text}" is no IPv4 address: write four numbers from 0 to 255 with dots') from None
+        raise NameMistake(f'"{text}" is no IPv4 address: write four numbers of 0 to 255 and dots') from None
 
 
 def format_address(address: int) -> str:

@@ -30,7 +30,7 @@ def checksum_of_sum(total: int) -> int:
 
 
 def pseudo_header_sum(source: int, destination: int, protocol: int, length_bytes: int) -> int:
-    """The folded sum of the pseudo header (RFC 9293 3.1). `length_bytes` counts the transport header and data."""
+    """The folded sum of the pseudo header (RFC 9293 3.1). `length_bytes`: transport header and data."""
     return (source + destination + protocol + length_bytes) % _MODULUS or _MODULUS
 
 

@@ -75,9 +75,11 @@ REASONS = frozenset(
 """Every reason that `parse` gives with TheirMistake."""
 
 _BASE = Struct("!IIBBH")
-_CONTROL_ONLY = Struct("!IIBBH BBBx II8s")
-_CONTROL_SERVICE = Struct("!IIBBH BBBx II8s BBxx 32s")
-_CONTROL_BODY = Struct("!BxII8s")
+_CONTROL_EXTENSION = Struct("!HBxII8s")
+_CONTROL_ONLY = Struct("!IIBBH HBxII8s")
+_CONTROL_SERVICE = Struct("!IIBBH HBxII8s Hxx32s")
+_READ_CONTROL = Struct("!xxBxII8s")
+_READ_CONTROL_SERVICE = Struct("!xxBxII8s xxxx32s")
 _CONTROL_ONLY_WORDS = _CONTROL_ONLY.size // 4
 _CONTROL_SERVICE_WORDS = _CONTROL_SERVICE.size // 4
 _CONTROL_HEAD = _CONTROL << 12 | CONTROL_BYTES
@@ -85,9 +87,7 @@ _SERVICE_HEAD = _SERVICE << 12 | SERVICE_BYTES
 
 
 class Control(NamedTuple):
-    """The CONTROL extension. `nonce` is the sender's own; `ackno` is the verno it expects next, set in every
-    packet.
-    """
+    """The CONTROL extension. `nonce` is the sender's own; `ackno`, never absent, what it expects next."""
 
     flags: int
     verno: int
@@ -108,9 +108,7 @@ class SalPacket(NamedTuple):
 
 
 def parse(data: bytes) -> SalPacket:
-    """Read the payload of an IP packet (SPEC 2.3). Raises TheirMistake with one of REASONS, in the order of
-    SPEC 2.3.
-    """
+    """Read the payload of an IP packet. Raises TheirMistake with one of REASONS, in the order of SPEC 2.3."""
     if len(data) < BASE_BYTES:
         raise TheirMistake(TRUNCATED)
     src_flow_id, dst_flow_id, words, protocol, _checksum = _BASE.unpack_from(data)
@@ -118,16 +116,15 @@ def parse(data: bytes) -> SalPacket:
     if len(data) < header_bytes:
         raise TheirMistake(TRUNCATED)
 
-    # The shapes of data and of a flow's own control packets are read in one go. Whatever is unusual about
-    # them, a wrong length byte for one, makes the general reader look at the packet instead and name the
-    # reason.
+    # The shapes of data, SYN-ACK and FIN, SYN and ACK are read in one go. Anything unusual, such as a wrong
+    # length byte, goes to the general reader, which names the reason.
     control: Control | None = None
     services: tuple[ServiceID, ...] = ()
     addresses: tuple[int, ...] = ()
     if words == 3:
         pass
     elif words == _CONTROL_ONLY_WORDS and data[12] >> 4 == _CONTROL and data[13] == CONTROL_BYTES:
-        _, _, _, _, _, _, _, flags, verno, ackno, nonce = _CONTROL_ONLY.unpack_from(data)
+        flags, verno, ackno, nonce = _READ_CONTROL.unpack_from(data, BASE_BYTES)
         control = Control(flags & _FLAG_BITS, verno, ackno, nonce)
     elif (
         words == _CONTROL_SERVICE_WORDS
@@ -136,7 +133,7 @@ def parse(data: bytes) -> SalPacket:
         and data[32] >> 4 == _SERVICE
         and data[33] == SERVICE_BYTES
     ):
-        _, _, _, _, _, _, _, flags, verno, ackno, nonce, _, _, service = _CONTROL_SERVICE.unpack_from(data)
+        flags, verno, ackno, nonce, service = _READ_CONTROL_SERVICE.unpack_from(data, BASE_BYTES)
         control = Control(flags & _FLAG_BITS, verno, ackno, nonce)
         services = (ServiceID(service),)
     elif words < 3:
@@ -179,7 +176,7 @@ def _parse_extensions(
         if kind == _CONTROL:
             if control is not None:
                 raise TheirMistake(SECOND_CONTROL)
-            flags, verno, ackno, nonce = _CONTROL_BODY.unpack_from(data, offset + 2)
+            flags, verno, ackno, nonce = _READ_CONTROL.unpack_from(data, offset)
             control = Control(flags & _FLAG_BITS, verno, ackno, nonce)
         elif kind == _SERVICE:
             if len(services) == MAX_SERVICES:
@@ -221,7 +218,7 @@ def emit(packet: SalPacket) -> bytes:
     if control is not None:
         if len(control.nonce) != 8:
             raise OurMistake(f"a nonce has 8 bytes, not {len(control.nonce)}")
-        extensions = b"\x10\x14" + _CONTROL_BODY.pack(*control)
+        extensions = _CONTROL_EXTENSION.pack(_CONTROL_HEAD, *control)
     if len(packet.services) > MAX_SERVICES:
         raise OurMistake(f"a SAL header names at most two services, not {len(packet.services)}")
     for service in packet.services:
@@ -283,8 +280,7 @@ def emit_control(  # noqa: PLR0917
                 _CONTROL_ONLY_WORDS,
                 protocol,
                 checksum_of_sum(total + (_CONTROL_ONLY_WORDS << 8)),
-                _CONTROL << 4,
-                CONTROL_BYTES,
+                _CONTROL_HEAD,
                 flags,
                 verno,
                 ackno,
@@ -300,14 +296,12 @@ def emit_control(  # noqa: PLR0917
             _CONTROL_SERVICE_WORDS,
             protocol,
             checksum_of_sum(total),
-            _CONTROL << 4,
-            CONTROL_BYTES,
+            _CONTROL_HEAD,
             flags,
             verno,
             ackno,
             nonce,
-            _SERVICE << 4,
-            SERVICE_BYTES,
+            _SERVICE_HEAD,
             service,
         )
         + transport
