@@ -130,6 +130,10 @@ class Host:
         wanted = self.interfaces[interface] if interface else next(filter(None, self.interfaces.values()))
         return wanted.partition("/")[0]
 
+    def next_interface(self) -> str:
+        """The name that the next interface gets when none is asked for."""
+        return f"eth{len(self.interfaces)}"
+
     def sysctl(self, key: str, value: Argument | None = None) -> str:
         """Read, or set and read back, a sysctl: `net.ipv4.ip_forward`. Interface names must have no dots."""
         path = Path("/proc/sys", *key.split("."))
@@ -260,7 +264,7 @@ class Lab:
 
         Returns the interface names; they default to eth0, eth1 ... in the order of connecting.
         """
-        left_name, right_name = names or (_next_name(left), _next_name(right, 1 if left is right else 0))
+        left_name, right_name = names or (left.next_interface(), right.next_interface())
         _ip(
             *("link", "add", left_name, "mtu", mtu, "netns", left.namespace, "type", "veth"),
             *("peer", "name", right_name, "mtu", mtu, "netns", right.namespace),
@@ -285,7 +289,7 @@ class Lab:
         bridge.run(["ip", "link", "set", "br0", "mtu", mtu, "up"])
         for host, address in ports.items():
             port = host.name[:15]
-            self.connect(host, address, bridge, "", mtu=mtu, names=(_next_name(host), port))
+            self.connect(host, address, bridge, "", mtu=mtu, names=(host.next_interface(), port))
             bridge.run(["ip", "link", "set", port, "master", "br0"])
         return bridge
 
@@ -331,10 +335,6 @@ def _start_time(pid: int) -> int:
 
 def _entries(directory: Path) -> list[Path]:
     return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _next_name(host: Host, offset: int = 0) -> str:
-    return f"eth{len(host.interfaces) + offset}"
 
 
 def _enter_namespace(path: Path) -> None:
