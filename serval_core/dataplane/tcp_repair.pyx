@@ -12,7 +12,7 @@
 Taking a socket down is the reverse: TCP_REPAIR on, close; nothing leaves either.
 """
 
-from libc.errno cimport errno
+from libc.errno cimport ENOTCONN, errno
 from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memset, strlen
 from posix.unistd cimport close
@@ -25,6 +25,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int connect(int fd, const void *address, unsigned int length)
     int setsockopt(int fd, int level, int option, const void *value, unsigned int length)
     int getsockopt(int fd, int level, int option, void *value, unsigned int *length)
+    int shutdown(int fd, int how)
     int AF_INET, SOCK_STREAM, SOCK_CLOEXEC, SOCK_NONBLOCK
 
 cdef extern from "<netinet/in.h>" nogil:
@@ -49,7 +50,7 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint32_t rcv_wnd
         uint32_t rcv_wup
     int TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW, TCP_MAXSEG
-    int TCP_CONGESTION, TCP_NODELAY, TCP_RECV_QUEUE, TCP_SEND_QUEUE, TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP
+    int TCP_INFO, TCP_CONGESTION, TCP_NODELAY, TCP_RECV_QUEUE, TCP_SEND_QUEUE, TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP
 
 # Numbers of the TCP options as the kernel expects them in TCP_REPAIR_OPTIONS (RFC 9293, 7323, 2018).
 DEF OPTION_MSS = 2
@@ -168,3 +169,18 @@ def receive_next(int fd) -> int:
     if failed:
         raise KernelRefused("TCP_QUEUE_SEQ", errno, "The socket is no longer connected.")
     return sequence
+
+
+def shut_down(int fd, int how) -> None:
+    """shutdown(2); a socket that the kernel has already closed is left as it is."""
+    if shutdown(fd, how) and errno != ENOTCONN:
+        raise KernelRefused("shutdown", errno, "The fd is not a socket of this stack.")
+
+
+def state(int fd) -> int:
+    """The kernel's TCP state (linux/tcp.h: 1 ESTABLISHED, 8 CLOSE_WAIT …)."""
+    cdef unsigned char information[1]
+    cdef unsigned int length = 1
+    if getsockopt(fd, IPPROTO_TCP, TCP_INFO, information, &length):
+        raise KernelRefused("getsockopt(TCP_INFO)", errno, "The fd is not a socket of this stack.")
+    return information[0]

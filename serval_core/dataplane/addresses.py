@@ -1,0 +1,144 @@
+"""Which addresses has this host, and which way out leads to a peer? `KernelPaths` answers both from what the kernel says.
+
+Paths are asked per peer (RTM_GETROUTE, some 20 µs) and remembered until the kernel reports a change of links, addresses or routes.
+It does not know the SAL; `paths.PathFinder` is the interface between them.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+
+from serval_core.dataplane.netlink import Netlink
+from serval_core.errors import KernelRefused
+from serval_core.names import parse_address
+from serval_core.paths import Interface, Path
+
+RTM_GETROUTE = 26
+NLM_F_REQUEST = 1
+NLMSG_ERROR = 2
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTAX_MTU = 1, 4, 5, 7, 8, 2
+RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
+MESSAGE_HEADER = struct.Struct("=IHHII")
+ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
+ATTRIBUTE_HEADER = struct.Struct("=HH")
+CACHE_LIMIT = 65536
+IFF_UP = 0x1
+IFF_LOOPBACK = 0x8
+
+
+class KernelPaths:
+    """The host's interfaces and paths. `ignored` names our own devices; `only` restricts to the listed interfaces (plus loopback)."""
+
+    def __init__(self, netlink: Netlink, ignored: frozenset[str], only: Sequence[str] | None) -> None:
+        self._netlink = netlink
+        self._ignored = ignored
+        self._only = None if only is None else frozenset(only)
+        self._route_socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._route_socket.settimeout(1.0)
+        self._sequence = 0
+        self._cache: dict[tuple[int, int], Path | None] = {}
+        self._interfaces: tuple[Interface, ...] = ()
+        self._by_index: dict[int, Interface] = {}
+        self.refresh()
+
+    def close(self) -> None:
+        self._route_socket.close()
+
+    def interfaces(self) -> Sequence[Interface]:
+        return self._interfaces
+
+    def refresh(self) -> None:
+        """Ask the kernel again; forget all paths."""
+        self._cache.clear()
+        links = self._netlink.run("list links", lambda ip: list(ip.get_links()))
+        addresses = self._netlink.run("list addresses", lambda ip: list(ip.get_addr(family=socket.AF_INET)))
+        first_address = {}
+        for entry in addresses:
+            first_address.setdefault(entry["index"], entry)
+        found = []
+        for link in links:
+            name, index = link.get("IFLA_IFNAME"), link["index"]
+            entry = first_address.get(index)
+            if name in self._ignored or entry is None or not link["flags"] & IFF_UP:
+                continue
+            loopback = bool(link["flags"] & IFF_LOOPBACK)
+            if self._only is not None and name not in self._only and not loopback:
+                continue
+            broadcast = entry.get("IFA_BROADCAST")
+            local = entry.get("IFA_LOCAL") or entry.get("IFA_ADDRESS")
+            found.append(
+                Interface(
+                    index,
+                    name,
+                    parse_address(local),
+                    entry["prefixlen"],
+                    parse_address(broadcast) if broadcast and not loopback else 0,
+                    link.get("IFLA_MTU"),
+                )
+            )
+        self._interfaces = tuple(found)
+        self._by_index = {interface.index: interface for interface in found}
+
+    def path_to(self, address: int, interface_index: int = 0) -> Path | None:
+        key = (address, interface_index)
+        try:
+            return self._cache[key]
+        except KeyError:
+            if len(self._cache) >= CACHE_LIMIT:
+                self._cache.clear()
+            path = self._cache[key] = self._query(address, interface_index)
+            return path
+
+    def _query(self, address: int, interface_index: int) -> Path | None:
+        body = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
+        body += ATTRIBUTE_HEADER.pack(8, RTA_DST) + address.to_bytes(4, "big")
+        if interface_index:
+            body += ATTRIBUTE_HEADER.pack(8, RTA_OIF) + struct.pack("=I", interface_index)
+        self._sequence += 1
+        header = MESSAGE_HEADER.pack(MESSAGE_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, self._sequence, 0)
+        self._route_socket.send(header + body)
+        while True:
+            answer = self._route_socket.recv(8192)
+            length, kind, _, sequence, _ = MESSAGE_HEADER.unpack_from(answer)
+            if sequence == self._sequence:
+                break
+        if kind == NLMSG_ERROR:
+            error = -struct.unpack_from("=i", answer, MESSAGE_HEADER.size)[0]
+            if error in (101, 113, 22, 19, 13):  # ENETUNREACH, EHOSTUNREACH, EINVAL, ENODEV, EACCES (prohibit): no path
+                return None
+            raise KernelRefused("RTM_GETROUTE", error, "")
+        return self._decode(answer[:length], address)
+
+    def _decode(self, answer: bytes, address: int) -> Path | None:
+        route_type = answer[MESSAGE_HEADER.size + 7]
+        if route_type not in (RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST):
+            return None
+        attributes = dict(walk_attributes(answer, MESSAGE_HEADER.size + ROUTE_HEADER.size))
+        index = int.from_bytes(attributes.get(RTA_OIF, b""), "little")
+        interface = self._by_index.get(index)
+        if interface is None:
+            return None
+        metrics = dict(walk_attributes(attributes.get(RTA_METRICS, b""), 0))
+        source = attributes.get(RTA_PREFSRC)
+        gateway = attributes.get(RTA_GATEWAY)
+        return Path(
+            index,
+            interface.name,
+            int.from_bytes(source, "big") if source else interface.address,
+            int.from_bytes(gateway, "big") if gateway else address,
+            int.from_bytes(metrics[RTAX_MTU], "little") if RTAX_MTU in metrics else interface.mtu_bytes,
+        )
+
+
+def walk_attributes(data: bytes, offset: int) -> list[tuple[int, bytes]]:
+    """The (type, value) pairs of a chain of netlink attributes."""
+    found = []
+    while offset + ATTRIBUTE_HEADER.size <= len(data):
+        length, kind = ATTRIBUTE_HEADER.unpack_from(data, offset)
+        if length < ATTRIBUTE_HEADER.size:
+            break
+        found.append((kind, data[offset + ATTRIBUTE_HEADER.size : offset + length]))
+        offset += (length + 3) & ~3
+    return found

@@ -1,0 +1,179 @@
+"""Which devices, addresses, routes and filters do we leave in the kernel, and how do they go away again?
+
+`serval0`/`serval1` anchor the kernel sockets of all flows; `sum0`/`sum1` finish checksums for peers that need them. Everything carries
+a fixed name, priority or handle, so that the next start finds and removes what a crash left (`remove_leftovers`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+from pathlib import Path as FilePath
+from typing import Any
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from serval_core.dataplane import bpf_loader
+from serval_core.dataplane.netlink import Netlink
+from serval_core.errors import KernelRefused
+from serval_core.names import format_address
+
+ANCHOR, ANCHOR_OUTER, CHECKSUM, CHECKSUM_OUTER = "serval0", "serval1", "sum0", "sum1"
+OWN_DEVICES = frozenset({ANCHOR, ANCHOR_OUTER, CHECKSUM, CHECKSUM_OUTER})
+# serval.bpf.c writes the anchor's address into each delivered frame.
+ANCHOR_MAC, OUTER_MAC = "02:53:41:4c:00:00", "02:53:41:4c:00:01"
+# Each flow has its MSS from the handshake, so the device never limits it.
+ANCHOR_MTU = 65000
+FILTER_PRIORITY = 0x5341
+FILTER_HANDLE = 0x5341
+NFT_TABLE = "serval"
+
+SEGMENTATION_OFF = dict.fromkeys(
+    (
+        "tx-tcp-segmentation",
+        "tx-tcp-ecn-segmentation",
+        "tx-tcp-mangleid-segmentation",
+        "tx-tcp6-segmentation",
+    ),
+    False,
+)
+
+
+def write_sysctl(path: str, value: str) -> None:
+    """Set /proc/sys/`path`."""
+    try:
+        FilePath("/proc/sys", path).write_text(value)
+    except OSError as error:
+        raise KernelRefused(f"write /proc/sys/{path}", error.errno or 0, "Needs CAP_NET_ADMIN.") from error
+
+
+class Devices:
+    """Our devices in this namespace. `create()` once, `remove()` at the end; both leave nothing half-done behind."""
+
+    def __init__(self, netlink: Netlink, local_address: int, remote_network: int) -> None:
+        self._netlink = netlink
+        self._local_address = format_address(local_address)
+        self._remote_network = format_address(remote_network) + "/16"
+        self._gateway = format_address(remote_network + 1)
+        self._attached: dict[int, bool] = {}  # interface index -> did we create its clsact
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what a crashed predecessor left; returns what was found, for the log."""
+        found = []
+        for link in self._netlink.run("list links", lambda ip: list(ip.get_links())):
+            name, index = link.get("IFLA_IFNAME"), link["index"]
+            if name in (ANCHOR, CHECKSUM):
+                found.append(name)
+                self._delete_link(name)
+            elif name not in OWN_DEVICES and bpf_loader.detach_tc(index, False, FILTER_PRIORITY, FILTER_HANDLE):
+                found.append(f"filter on {name}")
+                if not self._has_filters(index):
+                    bpf_loader.remove_clsact(index)
+        if self._remove_nft_table():
+            found.append(f"nft table {NFT_TABLE}")
+        return found
+
+    def create(self) -> dict[str, int]:
+        """Create devices, address and route; returns name -> interface index."""
+        netlink = self._netlink
+
+        def add_pair(ip: Any, name: str, mac: str, peer: str, peer_mac: str) -> None:
+            ip.link(
+                "add",
+                ifname=name,
+                kind="veth",
+                address=mac,
+                mtu=ANCHOR_MTU,
+                peer={"ifname": peer, "address": peer_mac, "mtu": ANCHOR_MTU},
+            )
+
+        netlink.run("create serval0", lambda ip: add_pair(ip, ANCHOR, ANCHOR_MAC, ANCHOR_OUTER, OUTER_MAC))
+        netlink.run(
+            "create sum0", lambda ip: add_pair(ip, CHECKSUM, "02:53:41:4c:00:02", CHECKSUM_OUTER, "02:53:41:4c:00:03")
+        )
+        indexes = {name: socket.if_nametoindex(name) for name in OWN_DEVICES}
+        for name in OWN_DEVICES:
+            if FilePath(f"/proc/sys/net/ipv6/conf/{name}").exists():
+                write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+        # The effective rp_filter is the maximum of `all` and the device's; 2 (loose) is satisfied by our route.
+        write_sysctl(f"net/ipv4/conf/{ANCHOR}/rp_filter", "2")
+        # Segmentation happens when a superpacket leaves serval0 or sum0. Without it on serval1 the kernel runs GRO on what
+        # arrives at serval0. sum0 also finishes checksums.
+        netlink.set_features(ANCHOR, SEGMENTATION_OFF | {"rx-gro": True})
+        netlink.set_features(ANCHOR_OUTER, SEGMENTATION_OFF | {"rx-gro": False})
+        netlink.set_features(CHECKSUM, SEGMENTATION_OFF | {"tx-checksum-ip-generic": False})
+        for index in indexes.values():
+            netlink.run("set link up", lambda ip, index=index: ip.link("set", index=index, state="up"))
+        anchor = indexes[ANCHOR]
+        netlink.run("add address", lambda ip: ip.addr("add", index=anchor, address=self._local_address, prefixlen=32))
+        netlink.run(
+            "add neighbour",
+            lambda ip: ip.neigh("add", dst=self._gateway, lladdr=OUTER_MAC, ifindex=anchor, state=0x80),  # NUD_PERMANENT
+        )
+        netlink.run(
+            "add route",
+            lambda ip: ip.route("add", dst=self._remote_network, oif=anchor, gateway=self._gateway, flags=["onlink"]),
+        )
+        self._add_nft_table()
+        return indexes
+
+    def attach(self, interface_index: int, program_fd: int) -> None:
+        """Put `serval_in` on the ingress of an interface; does nothing if it is there."""
+        if interface_index not in self._attached:
+            self._attached[interface_index] = bpf_loader.attach_tc(
+                interface_index, False, program_fd, FILTER_PRIORITY, FILTER_HANDLE
+            )
+
+    def attached(self) -> frozenset[int]:
+        return frozenset(self._attached)
+
+    def detach(self, interface_index: int) -> None:
+        """Take the filter off again, and clsact with it if it was ours and nobody else uses it now."""
+        created_clsact = self._attached.pop(interface_index)
+        removed = bpf_loader.detach_tc(interface_index, False, FILTER_PRIORITY, FILTER_HANDLE)
+        if removed and created_clsact and not self._has_filters(interface_index):
+            bpf_loader.remove_clsact(interface_index)
+
+    def remove(self) -> None:
+        """Remove everything. Safe to call when `create` failed half-way."""
+        for index in list(self._attached):
+            self.detach(index)
+        for name in (ANCHOR, CHECKSUM):
+            self._delete_link(name)
+        self._remove_nft_table()
+
+    def _delete_link(self, name: str) -> None:
+        with contextlib.suppress(OSError):  # not there: nothing to delete
+            index = socket.if_nametoindex(name)
+            self._netlink.run(f"delete {name}", lambda ip: ip.link("del", index=index))
+
+    def _has_filters(self, interface_index: int) -> bool:
+        ingress, egress = 0xFFFFFFF2, 0xFFFFFFF3
+
+        def count(ip: Any) -> int:
+            return sum(len(list(ip.get_filters(index=interface_index, parent=parent))) for parent in (ingress, egress))
+
+        try:
+            return self._netlink.run("list filters", count) > 0
+        except (KernelRefused, NetlinkError):
+            return False
+
+    def _add_nft_table(self) -> None:
+        """Our segments never show conntrack a SYN, so they bypass it. Without nft there is no such rule and none is needed
+        unless some other tool tracks connections: `doctor` tells."""
+        rules = f"""
+        table ip {NFT_TABLE} {{
+          chain output {{ type filter hook output priority raw; policy accept; oifname "{ANCHOR}" notrack; }}
+          chain prerouting {{ type filter hook prerouting priority raw; policy accept; iifname "{ANCHOR}" notrack; }}
+        }}"""
+        if shutil.which("nft"):
+            subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=False, capture_output=True)
+
+    def _remove_nft_table(self) -> bool:
+        if not shutil.which("nft"):
+            return False
+        result = subprocess.run(["nft", "delete", "table", "ip", NFT_TABLE], check=False, capture_output=True)
+        return result.returncode == 0
+

@@ -1,0 +1,319 @@
+"""How do flows live in the kernel? `KernelDataPlane`: sockets in ESTABLISHED, the flow map, the raw socket for control packets.
+
+It carries out the data-plane effects of the SAL and reports what the BPF programs noticed. It does not know the protocol's state
+machine. Every fd that `open_transport` returns belongs to the caller until handed back to `take_down`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path as FilePath
+from typing import NamedTuple
+
+from serval_core.dataplane import bpf_loader, tcp_repair
+from serval_core.dataplane.addresses import KernelPaths
+from serval_core.dataplane.devices import (
+    ANCHOR,
+    ANCHOR_MAC,
+    ANCHOR_OUTER,
+    CHECKSUM,
+    CHECKSUM_OUTER,
+    FILTER_HANDLE,
+    FILTER_PRIORITY,
+    OUTER_MAC,
+    OWN_DEVICES,
+    Devices,
+)
+from serval_core.dataplane.netlink import ChangeMonitor, Netlink
+from serval_core.dataplane.packet_socket import RawSocket
+from serval_core.effects import OpenTransport
+from serval_core.errors import KernelRefused
+from serval_core.names import FlowID, parse_address
+from serval_core.wire import ipv4, sal, tcp_segment
+
+OBJECT_FILE = FilePath(__file__).parent / "bpf" / "serval.bpf.o"
+DROP_REASONS = (
+    "out_not_a_flow",
+    "out_headroom",
+    "in_wrong_header",
+    "in_strip_failed",
+    "in_virtual_address",
+    "in_truncated",
+    "lost_event",
+)
+MAX_FLOWS = 65536
+FLOW_EXPECTED = 1
+FLOW_COMPLETE_CHECKSUM = 2
+
+CONFIGURATION = struct.Struct("!IIHxx4s4s")
+FLOW = struct.Struct("!III4s4s4s12s12s")
+FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
+EVENT = struct.Struct("!I4s")
+FLOW_KEY = struct.Struct("!I")
+ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
+NO_STATE = bytes(FLOW_STATE.size)
+
+
+class FlowEvent(IntEnum):
+    """What a BPF program can notice about a flow."""
+
+    FIN_ACKNOWLEDGED = 1
+    RESET_SENT = 2
+
+
+class FlowCounters(NamedTuple):
+    """Data packets of a flow on the wire; bytes are those of the IP packets."""
+
+    packets_out: int
+    bytes_out: int
+    packets_in: int
+    bytes_in: int
+
+
+@dataclass(frozen=True)
+class DataPlaneSettings:
+    """`interfaces`: names to use, None for all that are up. `virtual_network`: a /16 of its own for the kernel's sockets, and the
+    address of our side in `virtual_address`; neither ever appears on a wire."""
+
+    interfaces: Sequence[str] | None = None
+    congestion_control: str = "cubic"
+    virtual_network: str = "100.126.0.0"
+    virtual_address: str = "100.127.255.1"
+    virtual_port: int = 54324
+
+
+class KernelDataPlane:
+    """The data plane of one stack. `open()` or nothing; `close()` removes every trace."""
+
+    def __init__(self, settings: DataPlaneSettings) -> None:
+        self._settings = settings
+        self._address = parse_address(settings.virtual_address)
+        self._network = parse_address(settings.virtual_network)
+        self._port = settings.virtual_port
+        self._congestion_control = settings.congestion_control.encode()
+        self._slots = list(range(MAX_FLOWS - 1, -1, -1))
+        self._slot_of: dict[int, int] = {}
+        self._needs_checksum: dict[int, bool] = {}
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def open(self) -> list[str]:
+        """Set everything up. Returns what a crashed predecessor had left behind and is now removed."""
+        self._netlink = Netlink()
+        self.devices = Devices(self._netlink, self._address, self._network)
+        try:
+            leftovers = self.devices.remove_leftovers()
+            indexes = self.devices.create()
+            self._load(indexes)
+            self._raw = RawSocket(self._object.program_fd("serval_control"))
+            self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self._inject.bind((ANCHOR_OUTER, 0))
+            self.monitor = ChangeMonitor()
+            self.paths = KernelPaths(self._netlink, OWN_DEVICES, self._settings.interfaces)
+            self.attach_interfaces()
+        except BaseException:
+            self.devices.remove()
+            self._netlink.close()
+            raise
+        return leftovers
+
+    def _load(self, indexes: dict[str, int]) -> None:
+        configuration = CONFIGURATION.pack(
+            self._address,
+            self._network,
+            self._port,
+            indexes[ANCHOR_OUTER].to_bytes(4, "little"),
+            indexes[CHECKSUM].to_bytes(4, "little"),
+        )
+        self._object = bpf_loader.BpfObject(str(OBJECT_FILE), configuration)
+        self._flows = self._object.map("flows")
+        self._states = self._object.map("flow_states")
+        self._drops = self._object.per_cpu_map("drop_counters")
+        self._events = self._object.ring_buffer("flow_events")
+        insert = self._object.program_fd("serval_insert")
+        out = self._object.program_fd("serval_out")
+        bpf_loader.attach_tc(indexes[ANCHOR], True, out, FILTER_PRIORITY, FILTER_HANDLE)
+        bpf_loader.attach_tc(indexes[ANCHOR_OUTER], False, insert, FILTER_PRIORITY, FILTER_HANDLE)
+        bpf_loader.attach_tc(indexes[CHECKSUM_OUTER], False, insert, FILTER_PRIORITY, FILTER_HANDLE)
+
+    def close(self) -> None:
+        self.monitor.close()
+        self._inject.close()
+        self._raw.close()
+        self.paths.close()
+        self.devices.remove()
+        self._netlink.close()
+        self._object.close()
+
+    # -- interfaces ---------------------------------------------------------------------------------------------------
+
+    def attach_interfaces(self) -> None:
+        """Bring the filters in line with the interfaces that are up; called at start and when the kernel reports changes."""
+        program = self._object.program_fd("serval_in")
+        wanted = {interface.index for interface in self.paths.interfaces()}
+        for index in self.devices.attached() - wanted:
+            self.devices.detach(index)
+        for index in wanted:
+            self.devices.attach(index, program)
+        self._needs_checksum = {
+            interface.index: not self._netlink.features(interface.name).get("tx-checksum-ip-generic", False)
+            for interface in self.paths.interfaces()
+        }
+
+    # -- control packets ----------------------------------------------------------------------------------------------
+
+    @property
+    def control_fd(self) -> int:
+        return self._raw.fd
+
+    def receive(self) -> list[tuple[bytes, int, bool]]:
+        """Control packets that wait, at most 64: (IPv4 packet, interface index, was a broadcast)."""
+        return self._raw.receive()
+
+    def send(self, packet: bytes, destination: int, interface_index: int) -> int:
+        """Send an IPv4 packet; returns 0 or the errno."""
+        return self._raw.send(packet, destination, interface_index)
+
+    # -- flows --------------------------------------------------------------------------------------------------------
+
+    def expect_data(self, flow_id: FlowID) -> None:
+        """Let data for this half-open flow through to user space."""
+        value = FLOW.pack(0, 0, 0, bytes(4), bytes(4), FLOW_EXPECTED.to_bytes(4, "little"), bytes(12), bytes(12))
+        self._flows.update(FLOW_KEY.pack(flow_id), value)
+
+    def forget_expected(self, flow_id: FlowID) -> None:
+        self._flows.delete(FLOW_KEY.pack(flow_id))
+
+    def open_transport(self, flow: OpenTransport) -> int:
+        """Create the kernel socket and the flow's map entry; returns the fd. Raises KernelRefused, leaving nothing behind."""
+        flow_id = flow.flow_id
+        path = self.paths.path_to(flow.peer_address, flow.interface_index)
+        if path is None:
+            raise KernelRefused("route to the peer", errno.EHOSTUNREACH, "No path leads to the address of the SYN-ACK.")
+        if not self._slots:
+            raise KernelRefused("flow table", errno.ENFILE, f"All {MAX_FLOWS} flows of the data plane are in use.")
+        parameters = flow.parameters
+        fd = tcp_repair.create_established(
+            self._address,
+            self._port,
+            self._network | flow_id >> 16,
+            flow_id & 0xFFFF,
+            parameters.send_next,
+            parameters.receive_next,
+            parameters.mss_bytes,
+            parameters.send_window_scale,
+            parameters.receive_window_scale,
+            parameters.sack,
+            parameters.timestamp,
+            parameters.send_window_bytes,
+            parameters.receive_window_bytes,
+            self._congestion_control,
+        )
+        slot = self._slots.pop()
+        complete = not flow.peer_is_ours or self._needs_checksum.get(path.interface_index, True)
+        flags = FLOW_COMPLETE_CHECKSUM if complete else 0
+        value = FLOW.pack(
+            flow.local_address,
+            flow.peer_address,
+            path.next_hop,
+            path.interface_index.to_bytes(4, "little"),
+            slot.to_bytes(4, "little"),
+            flags.to_bytes(4, "little"),
+            sal.data_header(flow_id, flow.peer_flow_id, sal.PROTOCOL_TCP),
+            sal.data_header(flow.peer_flow_id, flow_id, sal.PROTOCOL_TCP),
+        )
+        try:
+            self._states.update(slot.to_bytes(4, "little"), NO_STATE)
+            self._flows.update(FLOW_KEY.pack(flow_id), value)
+        except KernelRefused:
+            self._slots.append(slot)
+            tcp_repair.take_down(fd)
+            raise
+        self._slot_of[flow_id] = slot
+        return fd
+
+    def remove_flow(self, flow_id: FlowID) -> FlowCounters:
+        """Take the flow out of the map: from now on nothing of it enters or leaves. Returns its final counters."""
+        counters = self.flow_counters(flow_id)
+        self._flows.delete(FLOW_KEY.pack(flow_id))
+        slot = self._slot_of.pop(flow_id, None)
+        if slot is not None:
+            self._slots.append(slot)
+        return counters
+
+    def take_down(self, fd: int) -> None:
+        """Close a transport's socket silently. Takes the fd; the flow must have been removed from the map before."""
+        tcp_repair.take_down(fd)
+
+    def reset(self, flow_id: FlowID, fd: int) -> None:
+        """Let whoever uses the socket see a reset, by handing it the RST that a TCP peer would have sent (RFC 9293, 3.10.7)."""
+        try:
+            sequence = tcp_repair.receive_next(fd)
+        except KernelRefused:
+            return  # the kernel has closed it already, so its user has been told
+        segment = tcp_segment.TcpSegment(
+            flow_id & 0xFFFF,
+            self._port,
+            sequence,
+            0,
+            tcp_segment.RST,
+            0,
+            0,
+            tcp_segment.TcpOptions(None, None, False, None, None),
+            b"",
+        )
+        remote = self._network | flow_id >> 16
+        self._deliver(tcp_segment.emit(segment, remote, self._address), remote)
+
+    def inject(self, flow_id: FlowID, segment: bytes, source: int, destination: int) -> bool:
+        """Deliver a TCP segment that came up to user space before its socket existed; False if its checksum is wrong."""
+        if tcp_segment.checksum_state(segment, source, destination) == "wrong":
+            return False
+        remote = self._network | flow_id >> 16
+        ports = (flow_id & 0xFFFF).to_bytes(2, "big") + self._port.to_bytes(2, "big")
+        self._deliver(tcp_segment.complete_checksum(ports + segment[4:], remote, self._address), remote)
+        return True
+
+    def _deliver(self, segment: bytes, remote: int) -> None:
+        packet = ipv4.emit(remote, self._address, sal.PROTOCOL_TCP, segment)
+        self._inject.send(ETHERNET_IPV4 + packet)
+
+    # -- what the programs noticed ------------------------------------------------------------------------------------
+
+    @property
+    def event_fd(self) -> int:
+        return self._events.fd
+
+    def take_events(self) -> list[tuple[FlowID, FlowEvent]]:
+        """Flow events since the last call, oldest first."""
+        found = []
+        for sample in self._events.take():
+            flow_id, kind = EVENT.unpack(sample)
+            found.append((FlowID(flow_id), FlowEvent(int.from_bytes(kind, "little"))))
+        return found
+
+    def flow_counters(self, flow_id: FlowID) -> FlowCounters:
+        """The counters of a live flow, zeros if there is none."""
+        slot = self._slot_of.get(flow_id)
+        value = None if slot is None else self._states.get(slot.to_bytes(4, "little"))
+        if value is None:
+            return FlowCounters(0, 0, 0, 0)
+        packets_out, bytes_out, _, _, _, packets_in, bytes_in, _ = FLOW_STATE.unpack(value)
+        return FlowCounters(packets_out, bytes_out, packets_in, bytes_in)
+
+    def entries(self) -> int:
+        """How many entries the flow map has right now, half-open ones included: for leak checks and `show`."""
+        return len(self._flows.keys())
+
+    def counters(self) -> dict[str, int]:
+        """What the data plane dropped, by reason."""
+        found = {}
+        for index, name in enumerate(DROP_REASONS):
+            values = self._drops.get(index.to_bytes(4, "little")) or b""
+            found[f"dataplane_drop_{name}"] = sum(struct.unpack(f"={len(values) // 8}Q", values))
+        return found

@@ -1,0 +1,439 @@
+"""How does a program use Serval? `ServalStack`: the sans-IO SAL married to the kernel data plane on an asyncio loop.
+
+It carries out the SAL's effects in order, feeds it packets, events and time, and hands connections to the application as ordinary
+kernel TCP sockets. It knows no protocol rule (that is `sal`) and no kernel interface (that is `dataplane`).
+All callbacks run on the loop's thread; none may block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from serval_core.dataplane import tcp_repair
+from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
+from serval_core.effects import (
+    Accepted,
+    CloseTransport,
+    Connected,
+    ConnectFailed,
+    Effect,
+    EndOfStream,
+    ExpectData,
+    FlowEnded,
+    ForgetExpected,
+    InjectSegment,
+    OpenTransport,
+    ResetTransport,
+    SendPacket,
+)
+from serval_core.errors import KernelRefused
+from serval_core.names import FlowID, ServiceID, ServicePrefix
+from serval_core.rules import Rule
+from serval_core.sal import SalSettings, ServiceAccessLayer
+from serval_core.service_table import ServiceTable
+from serval_core.stack_socket import StackSocketServer
+
+log = structlog.get_logger("serval_core.stack")
+
+# Batches of control packets per wake-up: between them the loop serves timers and relays.
+BATCHES_PER_WAKE_UP = 4
+BATCH_PACKETS = 64
+# A FIN of the peer's SAL without a TCP FIN (SPEC 4.5) ends the stream after this time, in which lost data may still arrive.
+END_OF_STREAM_GRACE_S = 1.0
+READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
+
+OnAccept = Callable[["Connection"], None]
+OnConnected = Callable[["Connection"], None]
+OnFailed = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """Everything an operator can set about the embedded stack."""
+
+    sal: SalSettings = field(default_factory=SalSettings)
+    dataplane: DataPlaneSettings = field(default_factory=DataPlaneSettings)
+    broadcast_resolution: bool = True
+
+
+class Connection:
+    """An open Serval flow. `fd` is a nonblocking kernel TCP socket that belongs to the stack: borrow it, never close it.
+
+    Finish with exactly one of `release()` (both directions are done: the write side was shut down, EOF was read) or `abort()`
+    (reset towards the peer). `on_ended(errno)`, if set, tells that the flow ended at the SAL before that.
+    """
+
+    __slots__ = ("_stack", "ended", "fd", "flow_id", "on_ended", "peer_address", "released", "service_id")
+
+    def __init__(self, stack: ServalStack, flow: OpenTransport, fd: int) -> None:
+        self._stack = stack
+        self.flow_id = flow.flow_id
+        self.peer_address = flow.peer_address
+        self.service_id: ServiceID | None = None
+        self.fd = fd
+        self.on_ended: Callable[[int], None] | None = None
+        self.released = False
+        self.ended = False
+
+    def release(self) -> None:
+        """The application is finished with both directions. The fd must not be used any more."""
+        if not self.released:
+            self.released = True
+            self._stack._released(self)
+
+    def abort(self) -> None:
+        """End the flow with a reset. The fd must not be used any more."""
+        if not self.released:
+            self.released = True
+            self._stack._aborted(self)
+
+    def counters(self) -> FlowCounters:
+        """Packets and bytes of this flow on the wire."""
+        return self._stack._dataplane.flow_counters(self.flow_id)
+
+
+class PendingConnect:
+    """A connect() that has not been decided yet."""
+
+    __slots__ = ("_stack", "flow_id", "on_connected", "on_failed", "service_id")
+
+    def __init__(
+        self, stack: ServalStack, flow_id: FlowID, service_id: ServiceID, on_connected: OnConnected, on_failed: OnFailed
+    ) -> None:
+        self._stack = stack
+        self.flow_id = flow_id
+        self.service_id = service_id
+        self.on_connected = on_connected
+        self.on_failed = on_failed
+
+    def cancel(self) -> None:
+        """Give up; neither callback will be called. Does nothing once it was decided."""
+        self._stack._cancelled(self)
+
+
+class Listener:
+    """A serviceID prefix on which this stack accepts flows."""
+
+    __slots__ = ("_stack", "listener_id", "on_accept", "prefix")
+
+    def __init__(self, stack: ServalStack, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept) -> None:
+        self._stack = stack
+        self.listener_id = listener_id
+        self.prefix = prefix
+        self.on_accept = on_accept
+
+    def close(self) -> None:
+        """Stop accepting; flows that were accepted live on."""
+        self._stack._close_listener(self)
+
+
+class ServalStack:
+    """The embedded stack; one per network namespace. Made by `start()`."""
+
+    def __init__(self, settings: StackSettings) -> None:
+        self.settings = settings
+        self.table = ServiceTable()
+        self.stack_socket = StackSocketServer()
+        self._dataplane = KernelDataPlane(settings.dataplane)
+        self._connections: dict[int, Connection] = {}
+        self._pending: dict[int, PendingConnect] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._running_effects = False
+        self._send_errors: dict[int, int] = {}
+        self._wrong_injected = 0
+        self._carry_out: dict[type[Effect], Callable[[Effect], None]] = {
+            SendPacket: self._send_packet,
+            OpenTransport: self._open_transport,
+            ExpectData: lambda effect: self._dataplane.expect_data(effect.flow_id),  # type: ignore[union-attr]
+            ForgetExpected: lambda effect: self._dataplane.forget_expected(effect.flow_id),  # type: ignore[union-attr]
+            InjectSegment: self._inject_segment,
+            EndOfStream: self._end_of_stream,
+            ResetTransport: self._reset_transport,
+            CloseTransport: self._close_transport,
+            Connected: self._connected,
+            ConnectFailed: self._connect_failed,
+            Accepted: self._accepted,
+            FlowEnded: self._flow_ended,
+        }
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def start(cls, settings: StackSettings | None = None) -> ServalStack:
+        """Take the namespace, clean up after a crashed predecessor, set the data plane up, serve the stack socket.
+
+        Raises StackBusy when another stack runs here, KernelRefused when a privilege or a kernel feature is missing; then nothing
+        is left behind.
+        """
+        stack = cls(settings or StackSettings())
+        stack._loop = asyncio.get_running_loop()
+        stack.stack_socket.open()
+        try:
+            leftovers = stack._dataplane.open()
+        except BaseException:
+            stack.stack_socket.close()
+            raise
+        if leftovers:
+            log.warning("removed what an earlier process had left behind", found=leftovers)
+        stack._sal = ServiceAccessLayer(
+            stack.settings.sal, stack.table, stack._dataplane.paths, random.SystemRandom()
+        )
+        stack._update_broadcast_rules()
+        stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
+        stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
+        stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
+        stack.stack_socket.register("flows", lambda _: stack.flows())
+        stack.stack_socket.register("services", lambda _: stack.table.snapshot())
+        stack.stack_socket.register("counters", lambda _: stack.counters())
+        return stack
+
+    async def stop(self) -> None:
+        """Reset what is still open and remove every trace."""
+        for pending in list(self._pending.values()):
+            pending.cancel()
+        for listener in list(self._listeners.values()):
+            listener.close()
+        for connection in list(self._connections.values()):
+            connection.abort()
+        for connection in list(self._connections.values()):
+            self._forget(connection)
+        self._loop.remove_reader(self._dataplane.control_fd)
+        self._loop.remove_reader(self._dataplane.event_fd)
+        self._loop.remove_reader(self._dataplane.monitor.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._dataplane.close()
+        self.stack_socket.close()
+
+    # -- calls of the application -------------------------------------------------------------------------------------
+
+    def listen(self, prefix: ServicePrefix, on_accept: OnAccept, backlog: int = 1024) -> Listener:
+        """Accept flows for a serviceID or prefix. Raises OurMistake (already bound, zero serviceID)."""
+        listener_id = self._sal.listen(prefix, backlog, time.monotonic())
+        listener = self._listeners[listener_id] = Listener(self, listener_id, prefix, on_accept)
+        self._run_effects()
+        return listener
+
+    def connect(
+        self, service_id: ServiceID, on_connected: OnConnected, on_failed: OnFailed, destination: int = 0
+    ) -> PendingConnect:
+        """Open a flow to a service; one of the two callbacks follows, never before this call returns.
+
+        `destination`: advisory IPv4 address that skips resolution (SPEC 1.5). `on_failed` gets the errno of SPEC 3.10 and a reason.
+        """
+        flow_id = self._sal.connect(service_id, time.monotonic(), destination)
+        pending = self._pending[flow_id] = PendingConnect(self, flow_id, service_id, on_connected, on_failed)
+        self._loop.call_soon(self._run_effects)
+        return pending
+
+    def flows(self) -> list[dict[str, object]]:
+        """All flows with their states and wire counters, for `show flows`."""
+        listed = self._sal.flows()
+        for flow in listed:
+            flow.update(self._dataplane.flow_counters(flow["flow_id"])._asdict())  # type: ignore[arg-type]
+        return listed
+
+    def counters(self) -> dict[str, int]:
+        """Counters of the SAL (drops by reason …) and of the data plane."""
+        return {
+            **self._sal.counters,
+            **self._dataplane.counters(),
+            **{f"send_error_{errno.errorcode.get(code, code)}": count for code, count in self._send_errors.items()},
+            "injected_wrong_checksum": self._wrong_injected,
+            "flow_map_entries": self._dataplane.entries(),
+            "open_transports": len(self._connections),
+        }
+
+    def _released(self, connection: Connection) -> None:
+        if connection.ended:
+            self._forget(connection)
+            return
+        tcp_repair.shut_down(connection.fd, socket.SHUT_WR)
+        self._sal.release(FlowID(connection.flow_id), time.monotonic())
+        self._run_effects()
+
+    def _aborted(self, connection: Connection) -> None:
+        if connection.ended:
+            self._forget(connection)
+            return
+        self._sal.abort(FlowID(connection.flow_id), time.monotonic())
+        self._run_effects()
+
+    def _cancelled(self, pending: PendingConnect) -> None:
+        if self._pending.pop(pending.flow_id, None) is not None:
+            self._sal.cancel_connect(pending.flow_id, time.monotonic())
+            self._run_effects()
+
+    def _close_listener(self, listener: Listener) -> None:
+        if self._listeners.pop(listener.listener_id, None) is not None:
+            self._sal.close_listener(listener.listener_id, time.monotonic())
+            self._run_effects()
+
+    # -- what comes in ------------------------------------------------------------------------------------------------
+
+    def _packets_wait(self) -> None:
+        receive, received = self._dataplane.receive, self._sal.packet_received
+        for _ in range(BATCHES_PER_WAKE_UP):
+            batch = receive()
+            now = time.monotonic()
+            for packet, interface_index, broadcast in batch:
+                received(packet, interface_index, broadcast, now)
+            self._run_effects()
+            if len(batch) < BATCH_PACKETS:
+                return
+
+    def _events_wait(self) -> None:
+        now = time.monotonic()
+        for flow_id, event in self._dataplane.take_events():
+            if event is FlowEvent.FIN_ACKNOWLEDGED:
+                self._sal.fin_acknowledged(flow_id, now)
+            else:
+                self._sal.transport_reset(flow_id, now)
+        self._run_effects()
+
+    def _host_changed(self) -> None:
+        self._dataplane.monitor.drain()
+        self._dataplane.paths.refresh()
+        self._dataplane.attach_interfaces()
+        self._update_broadcast_rules()
+        self._sal.paths_changed(time.monotonic())
+        self._run_effects()
+
+    def _update_broadcast_rules(self) -> None:
+        if self.settings.broadcast_resolution:
+            self.table.replace_broadcast_rules(
+                [
+                    Rule.broadcast_on(interface.broadcast_address, interface.index)
+                    for interface in self._dataplane.paths.interfaces()
+                    if interface.broadcast_address
+                ]
+            )
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        self._sal.handle_timeouts(time.monotonic())
+        self._run_effects()
+
+    def _arm_timer(self) -> None:
+        due = self._sal.next_timeout()
+        if self._timer is not None:
+            # A timer that fires too early costs less than one cancelled per packet.
+            if due is None or due >= self._timer_due:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if due is not None:
+            self._timer_due = due
+            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._timer_fired)
+
+    # -- effects of the SAL -------------------------------------------------------------------------------------------
+
+    def _run_effects(self) -> None:
+        """Carry out effects until there are none. Callbacks of the application may cause more: those wait for their turn."""
+        if self._running_effects:
+            return
+        self._running_effects = True
+        try:
+            while effects := self._sal.take_effects():
+                for effect in effects:
+                    self._carry_out[type(effect)](effect)
+        finally:
+            self._running_effects = False
+        self._arm_timer()
+
+    def _send_packet(self, effect: SendPacket) -> None:  # type: ignore[misc]
+        code = self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
+        if code:
+            self._send_errors[code] = self._send_errors.get(code, 0) + 1
+
+    def _open_transport(self, effect: OpenTransport) -> None:
+        try:
+            fd = self._dataplane.open_transport(effect)
+        except KernelRefused as error:
+            log.error("cannot open a transport", flow=effect.flow_id, error=str(error))
+            self._sal.transport_failed(effect.flow_id, error.errno, time.monotonic())
+            return
+        self._connections[effect.flow_id] = Connection(self, effect, fd)
+
+    def _inject_segment(self, effect: InjectSegment) -> None:
+        if effect.flow_id in self._connections and not self._dataplane.inject(
+            effect.flow_id, effect.segment, effect.source, effect.destination
+        ):
+            self._wrong_injected += 1
+
+    def _end_of_stream(self, effect: EndOfStream) -> None:
+        """Usually the kernel has read the TCP FIN long ago. A peer that only sends the SAL FIN needs our help."""
+        connection = self._connections.get(effect.flow_id)
+        if connection is not None and tcp_repair.state(connection.fd) in READING_STATES:
+            self._loop.call_later(END_OF_STREAM_GRACE_S, self._force_end_of_stream, connection)
+
+    def _force_end_of_stream(self, connection: Connection) -> None:
+        if self._connections.get(connection.flow_id) is connection:
+            tcp_repair.shut_down(connection.fd, socket.SHUT_RD)
+
+    def _reset_transport(self, effect: ResetTransport) -> None:
+        connection = self._connections.get(effect.flow_id)
+        if connection is None:
+            return
+        self._dataplane.remove_flow(effect.flow_id)
+        if not connection.released:
+            self._dataplane.reset(effect.flow_id, connection.fd)
+
+    def _close_transport(self, effect: CloseTransport) -> None:
+        if effect.flow_id in self._connections:
+            self._dataplane.remove_flow(effect.flow_id)
+
+    def _connected(self, effect: Connected) -> None:
+        connection = self._connections.get(effect.flow_id)
+        pending = self._pending.pop(effect.flow_id, None)
+        if connection is None:
+            return  # the transport could not be opened; ConnectFailed or FlowEnded follows
+        if pending is None:
+            connection.abort()
+            return
+        connection.service_id = pending.service_id
+        pending.on_connected(connection)
+
+    def _connect_failed(self, effect: ConnectFailed) -> None:
+        pending = self._pending.pop(effect.flow_id, None)
+        if pending is not None:
+            pending.on_failed(effect.errno, effect.why)
+
+    def _accepted(self, effect: Accepted) -> None:
+        connection = self._connections.get(effect.flow_id)
+        listener = self._listeners.get(effect.listener_id)
+        if connection is None:
+            return
+        self._sal.accepted_taken(effect.flow_id)
+        connection.service_id = effect.service_id
+        if listener is None:
+            connection.abort()
+        else:
+            listener.on_accept(connection)
+
+    def _flow_ended(self, effect: FlowEnded) -> None:
+        connection = self._connections.get(effect.flow_id)
+        if connection is None:
+            return
+        connection.ended = True
+        if connection.released:
+            self._forget(connection)
+        elif connection.on_ended is not None:
+            connection.on_ended(effect.errno)
+
+    def _forget(self, connection: Connection) -> None:
+        """The last step: flow gone, application done. The socket goes down silently."""
+        if self._connections.pop(connection.flow_id, None) is not None:
+            self._dataplane.remove_flow(FlowID(connection.flow_id))
+            self._dataplane.take_down(connection.fd)
+
