@@ -1,9 +1,9 @@
 """How does a bad network behave? A wire that drops, duplicates, reorders and delays packets as its seed says.
 
 `FaultyWire` lays a wire between two hosts with a host in the middle; a thread there moves every frame from
-one side to the other. What happens to the n-th packet of a direction follows from the seed alone, so a failing
-run can be had again. ARP always passes. Superpackets are switched off on both ends: what the relay sees is what a
-real wire would carry.
+one side to the other. What happens to the n-th packet of a direction follows from the seed alone, so a run
+that failed can be had again. ARP always passes. Superpackets are switched off on both ends: the relay sees
+what a real wire would carry.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Faults:
     """What one direction of a wire does to the IPv4 packets it is meant for. Probabilities are 0..1.
 
     `protocol` limits the faults to one IP protocol (144: the SAL), None means all. A reordered packet goes
-    after the next one, or after `reorder_hold_s` of silence. `drop_exactly` holds positions (from 0) among the
-    packets concerned.
+    after the next one, or after `reorder_hold_s` of silence. `drop_exactly` holds positions (from 0) among
+    the packets concerned.
     """
 
     drop: float = 0.0

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import http.server
 import os
-import socket
 from http import HTTPStatus
 from pathlib import Path
 
