@@ -6,11 +6,12 @@ import random
 import socket
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from lab.hosts import Host, Lab
-from lab.loss import Direction, Faults, FaultyWire
+from lab.loss import SO_RCVBUFFORCE, Direction, Faults, FaultyWire
 from lab.waiting import wait_for
 
 ETHERNET_IPV4 = bytes(12) + b"\x08\x00"
@@ -97,18 +98,23 @@ def bad_wire(lab: Lab, seed: int, faults: Faults) -> tuple[Host, Host, FaultyWir
     return left, right, wire
 
 
+def has_seen(wire: FaultyWire, packets: int) -> bool:
+    return wire.left_to_right.seen == packets
+
+
 def datagrams_through(lab: Lab, seed: int, faults: Faults) -> list[int]:
     """Numbers of the datagrams that arrived, in the order of arrival; the last one always does."""
     left, right, wire = bad_wire(lab, seed, faults)
     sender, receiver = (host.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) for host in (left, right))
     with wire, sender, receiver:
         receiver.bind(("10.1.0.2", 4000))
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4096 * DATAGRAMS)
         receiver.settimeout(5)
         arrived = []
         for number in range(DATAGRAMS):
             sender.sendto(number.to_bytes(4, "big"), ("10.1.0.2", 4000))
             # One at a time: veth itself reorders what is sent from several CPUs.
-            wait_for(lambda n=number: wire.left_to_right.seen > n, "the wire to see it", interval_s=1e-4)
+            wait_for(partial(has_seen, wire, number + 1), "the wire to see it", interval_s=1e-4)
         wire.left_to_right.faults = Faults()
         sender.sendto(b"last", ("10.1.0.2", 4000))
         while (datagram := receiver.recv(100)) != b"last":
