@@ -50,6 +50,7 @@ _WINDOW_SCALE = 3
 _SACK_PERMITTED = 4
 _TIMESTAMP = 8
 _EXPERIMENT = 254
+_FIXED_LENGTHS = {_MSS: 4, _WINDOW_SCALE: 3, _SACK_PERMITTED: 2, _TIMESTAMP: 10}
 
 _HEADER = Struct("!HHIIBBHHH")
 _PROTOTYPE_OPTIONS = Struct("!HH3sB")
@@ -165,9 +166,6 @@ def _parse_any_options(data: bytes) -> TcpOptions:
     return TcpOptions(mss, window_scale, sack_permitted, timestamp, capabilities)
 
 
-_FIXED_LENGTHS = {_MSS: 4, _WINDOW_SCALE: 3, _SACK_PERMITTED: 2, _TIMESTAMP: 10}
-
-
 def emit(segment: TcpSegment, source: int, destination: int) -> bytes:
     """Write a segment to be sent from `source` to `destination`, with its complete checksum."""
     options = _emit_options(segment.options) if segment.options != NO_OPTIONS else b""
@@ -207,20 +205,23 @@ def emit(segment: TcpSegment, source: int, destination: int) -> bytes:
 
 
 def _emit_options(options: TcpOptions) -> bytes:
-    """MSS; NOP and window scale; SACK-permitted and timestamps; capabilities: each padded to four bytes."""
+    """MSS; SACK-permitted and timestamps; NOP and window scale; capabilities: each padded to four bytes.
+
+    That is Linux's order, and the only one with SACK and timestamps that a prototype was seen to accept.
+    """
     mss, window_scale, sack_permitted, timestamp, capabilities = options
     data = b""
     if mss is not None:
         data = bytes((_MSS, 4)) + mss.to_bytes(2, "big")
-    if window_scale is not None:
-        if window_scale > MAX_WINDOW_SCALE:
-            raise OurMistake(f"a window scale is at most {MAX_WINDOW_SCALE}, not {window_scale}")
-        data += bytes((_NO_OPERATION, _WINDOW_SCALE, 3, window_scale))
     if sack_permitted:
         data += b"\x04\x02" if timestamp is not None else b"\x01\x01\x04\x02"
     if timestamp is not None:
         data += b"\x08\x0a" if sack_permitted else b"\x01\x01\x08\x0a"
         data += _TWO_WORDS.pack(*timestamp)
+    if window_scale is not None:
+        if window_scale > MAX_WINDOW_SCALE:
+            raise OurMistake(f"a window scale is at most {MAX_WINDOW_SCALE}, not {window_scale}")
+        data += bytes((_NO_OPERATION, _WINDOW_SCALE, 3, window_scale))
     if capabilities is not None:
         data += b"\x01\x01\xfe" + _CAPABILITIES_HEAD + capabilities.to_bytes(2, "big")
     return data
