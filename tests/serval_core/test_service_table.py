@@ -1,6 +1,4 @@
-"""The service table: which rule decides, what may stand beside what, what is counted, and the sentences of
-its errors.
-"""
+"""The service table: which rule decides, what may stand beside what, what is counted, what errors say."""
 
 from __future__ import annotations
 
@@ -341,8 +339,9 @@ def test_snapshot_is_plain_and_readable() -> None:
     [
         (
             Rule(WEB_PREFIX, RuleType.DELAY),
-            "the DELAY rule for 76568 cannot be added, since delayed resolution is not available in this "
-            "version: use FORWARD to a service router that knows the instances, or DROP to refuse the service",
+            "the DELAY rule for 76568 cannot be added, since delayed resolution is not available in "
+            "this version: use FORWARD to a service router that knows the instances, or DROP to refuse "
+            "the service",
         ),
         (
             Rule.forward(WEB_PREFIX, 0),
@@ -417,7 +416,8 @@ def test_senseless_rules_are_refused(rule: Rule, sentence: str) -> None:
         (
             Rule.forward(WEB_PREFIX, A, priority=2, weight=3),
             Rule.forward(WEB_PREFIX, A),
-            "76568 already has a FORWARD rule to 10.0.0.1 (priority 2, weight 3): remove it first to change it",
+            "76568 already has a FORWARD rule to 10.0.0.1 (priority 2, weight 3): "
+            "remove it first to change it",
         ),
         (
             Rule.demux(WEB_PREFIX, 1),
@@ -462,9 +462,8 @@ def test_removing_what_is_not_there_says_what_is() -> None:
     )
     with pytest.raises(OurMistake) as caught:
         table.remove(WEB_PREFIX, RuleType.DROP)
-    assert str(caught.value) == (
-        "76568 has no DROP rule; it has: DEMUX rule of listener 4, FORWARD rule to 10.0.0.1"
-    )
+    there = "DEMUX rule of listener 4, FORWARD rule to 10.0.0.1"
+    assert str(caught.value) == f"76568 has no DROP rule; it has: {there}"
     with pytest.raises(OurMistake) as caught:
         table.remove(ServicePrefix.of(WEB, 24), RuleType.FORWARD, A)
     assert str(caught.value) == "there is no rule for exactly 0x00012b:24"
@@ -477,7 +476,7 @@ changes = st.tuples(st.booleans(), nested, st.sampled_from([A, B, C]), st.intege
 
 
 @given(st.lists(changes, max_size=60))
-def test_the_table_equals_a_plain_list_of_rules(steps: list[tuple[bool, ServicePrefix, int, int, int]]) -> None:
+def test_the_table_equals_a_list_of_rules(steps: list[tuple[bool, ServicePrefix, int, int, int]]) -> None:
     table = ServiceTable()
     rules: list[Rule] = []
     for adding, prefix, address, priority, weight in steps:
