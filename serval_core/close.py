@@ -1,0 +1,254 @@
+"""How does a connection end? Control packets of open flows, FIN, RST and TIMEWAIT (SPEC 3.4, 3.8, 3.9, 4.5).
+
+Two layers cooperate: each direction ends with a TCP FIN, and when the peer's TCP has acknowledged that, the
+SAL FIN follows. The data plane says when (`fin_acknowledged`). A flow stays in FINWAIT2 as long as its
+application is interested, which makes half-close work; the 60 s timer runs only after `release`. Likewise
+the transport is not taken down before `release`, since its socket may hold bytes that were not read yet.
+"""
+
+from __future__ import annotations
+
+from errno import ECONNABORTED, ECONNRESET, EPIPE, ETIMEDOUT
+
+from serval_core.core import Core
+from serval_core.effects import CloseTransport, EndOfStream, InjectSegment, OpenTransport, ResetTransport, SendPacket
+from serval_core.errors import TheirMistake
+from serval_core.flow import Flow, TimeWait
+from serval_core.handshake import transport_parameters
+from serval_core.names import after, before
+from serval_core.reset import resets_flow
+from serval_core.retransmission import backed_off_s
+from serval_core.states import Action, Event, State
+from serval_core.wire import ipv4
+from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.sal import (
+    ACK,
+    FIN,
+    PROTOCOL_SAL,
+    PROTOCOL_TCP,
+    RST,
+    RSYN,
+    SYN,
+    Control,
+    SalPacket,
+    emit_control,
+)
+
+_SERIAL_MASK = 0xFFFFFFFF
+
+
+class Close:
+    """Processes what happens to flows after their handshake, and ends them."""
+
+    __slots__ = ("_core",)
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        core.register(
+            {
+                Action.OPEN_TRANSPORT: self._open_transport,
+                Action.SEND_FIN: self._send_fin,
+                Action.REPEAT_FIN: self._transmit_fin,
+                Action.SEND_ACK: self._send_ack,
+                Action.SEND_RESET: self._send_reset,
+                Action.END_STREAM: self._end_stream,
+                Action.STOP_RETRANSMISSION: core.stop_retransmission,
+                Action.LIMIT_RELEASED: self._limit_released,
+                Action.RESET_TRANSPORT: self._reset_transport,
+                Action.CLOSE_TRANSPORT: self._close_transport,
+                Action.FINISH_WHEN_RELEASED: self._finish_when_released,
+                Action.FORGET: core.forget,
+                Action.END_FLOW: core.end_flow,
+            }
+        )
+
+    # What the application and the data plane say.
+
+    def fin_acknowledged(self, flow: Flow, now: float) -> None:
+        """The peer's TCP has acknowledged our TCP FIN."""
+        self._core.step(flow, Event.TCP_FIN_ACKNOWLEDGED, now)
+
+    def release(self, flow: Flow, now: float) -> None:
+        """The application is finished with both directions."""
+        if not flow.released:
+            flow.released = True
+            self._core.leave_backlog(flow)
+            self._core.step(flow, Event.RELEASE, now)
+
+    def abort(self, flow: Flow, errno: int, now: float) -> None:
+        """The application or its socket wants the connection gone; the peer gets an RST."""
+        flow.released = True
+        if flow.state not in (State.TIMEWAIT, State.CLOSED):
+            flow.errno = errno
+        self._core.step(flow, Event.ABORT, now)
+
+    # What the peer says.
+
+    def receive(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
+        """Process a packet for a flow whose handshake is over. Raises TheirMistake."""
+        control = sal.control
+        if control is None:
+            # Data that was on its way up while the transport was being opened.
+            if sal.protocol != PROTOCOL_TCP:
+                raise TheirMistake("not_tcp")
+            self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
+            return
+        flags = control.flags
+        if flags & RST:
+            self._reset_received(flow, control, now)
+            return
+        if control.nonce != flow.peer_nonce:
+            raise TheirMistake("wrong_nonce")
+        if flags & RSYN:
+            raise TheirMistake("migration_unsupported")
+        if flow.state is State.CONNECTED:
+            if flags == SYN | ACK:
+                self._repeated_syn_ack(flow, control, now)
+                return
+            # The peer's answer shows that it has our handshake ACK.
+            self._core.stop_retransmission(flow, now)
+        ahead = control.verno - flow.receive_next & _SERIAL_MASK
+        if flags != ACK and ahead > self._core.settings.version_gap_limit:
+            if before(control.verno, flow.receive_next):
+                self._send_ack(flow, now)
+                raise TheirMistake("repeated_control")
+            raise TheirMistake("version_gap")
+        if flags & SYN:
+            raise TheirMistake("unexpected_syn")
+        if flags & (ACK | FIN):
+            self._acknowledge(flow, control.ackno, now)
+        if flags & FIN:
+            flow.receive_next = control.verno + 1 & _SERIAL_MASK
+            self._core.step(flow, Event.FIN_RECEIVED, now)
+
+    def time_wait_received(self, record: TimeWait, sal: SalPacket) -> None:
+        """Process a packet for a flow in TIMEWAIT: only a repeated FIN is answered. Raises TheirMistake."""
+        control = sal.control
+        if control is None or not control.flags & FIN:
+            raise TheirMistake("time_wait")
+        if control.nonce != record.peer_nonce:
+            raise TheirMistake("wrong_nonce")
+        self._core.effects.append(
+            SendPacket(record.acknowledgement, record.destination, record.interface_index)
+        )
+        raise TheirMistake("repeated_control")
+
+    def _repeated_syn_ack(self, flow: Flow, control: Control, now: float) -> None:
+        """Our handshake ACK was lost: answer with all of it, SERVICE included (SPEC 3.6)."""
+        if control.verno + 1 & _SERIAL_MASK != flow.receive_next or control.ackno != flow.send_next:
+            raise TheirMistake("wrong_verno")
+        self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
+
+    def _acknowledge(self, flow: Flow, ackno: int, now: float) -> None:
+        """Take an acknowledgement. A FIN's counts even without ACK flag: `ackno` is always filled in, and the
+        ACK that it repeats may have been the peer's last one.
+        """
+        if before(ackno, flow.send_unacknowledged) or after(ackno, flow.send_next):
+            raise TheirMistake("wrong_ackno")
+        flow.send_unacknowledged = ackno
+        if flow.fin_verno is not None and after(ackno, flow.fin_verno):
+            if flow.retransmissions == 0:
+                self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
+            flow.fin_verno = None
+            self._core.step(flow, Event.FIN_ACKNOWLEDGED, now)
+
+    def _reset_received(self, flow: Flow, control: Control, now: float) -> None:
+        if not resets_flow(flow, control, self._core.settings.version_gap_limit):
+            raise TheirMistake("spoofed_reset")
+        if flow.state not in (State.TIMEWAIT, State.CLOSED):
+            flow.errno = EPIPE if flow.state is State.CLOSEWAIT else ECONNRESET
+        self._core.step(flow, Event.RESET_RECEIVED, now)
+
+    # Actions.
+
+    def _open_transport(self, flow: Flow, now: float) -> None:
+        core = self._core
+        core.stop_timers(flow, now)
+        core.effects.append(
+            OpenTransport(
+                flow.flow_id,
+                flow.peer_flow_id,
+                flow.local_address,
+                flow.peer_address,
+                flow.interface_index,
+                transport_parameters(flow, core.settings, now),
+                flow.options.capabilities is not None,
+            )
+        )
+
+    def _send_fin(self, flow: Flow, now: float) -> None:
+        core = self._core
+        core.stop_timers(flow, now)
+        flow.fin_verno = flow.send_next
+        flow.send_next = flow.send_next + 1 & _SERIAL_MASK
+        flow.first_sent_at = now
+        flow.timeout_s = core.round_trips.timeout_s(
+            flow.peer_address, core.settings.control_initial_timeout_s
+        )
+        self._transmit_fin(flow, now)
+
+    def _transmit_fin(self, flow: Flow, now: float) -> None:
+        core = self._core
+        assert flow.fin_verno is not None
+        core.send_control(flow, FIN, flow.fin_verno)
+        wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.control_timeout_max_s)
+        core.restart_retransmission(flow, now + wait_s, self._fin_unanswered)
+
+    def _fin_unanswered(self, flow: Flow, now: float) -> None:
+        settings = self._core.settings
+        limit = settings.released_retransmissions if flow.released else settings.control_retransmissions
+        if flow.retransmissions < limit:
+            flow.retransmissions += 1
+            self._core.step(flow, Event.RETRANSMIT, now)
+        else:
+            flow.errno = ETIMEDOUT
+            self._core.step(flow, Event.GAVE_UP, now)
+
+    def _send_ack(self, flow: Flow, now: float) -> None:
+        self._core.send_control(flow, ACK, flow.send_next)
+
+    def _send_reset(self, flow: Flow, now: float) -> None:
+        self._core.send_control(flow, RST | ACK, flow.send_next)
+
+    def _end_stream(self, flow: Flow, now: float) -> None:
+        self._core.effects.append(EndOfStream(flow.flow_id))
+
+    def _limit_released(self, flow: Flow, now: float) -> None:
+        if flow.released:
+            settings = self._core.settings
+            limit_s = settings.fin_wait2_s if flow.state is State.FINWAIT2 else settings.release_timeout_s
+            self._core.restart_lifetime(flow, now + limit_s, self._released_too_long)
+
+    def _released_too_long(self, flow: Flow, now: float) -> None:
+        if flow.state is not State.FINWAIT2:
+            flow.errno = ETIMEDOUT
+        self._core.step(flow, Event.GAVE_UP, now)
+
+    def _reset_transport(self, flow: Flow, now: float) -> None:
+        self._core.effects.append(ResetTransport(flow.flow_id, flow.errno))
+
+    def _close_transport(self, flow: Flow, now: float) -> None:
+        self._core.effects.append(CloseTransport(flow.flow_id))
+
+    def _finish_when_released(self, flow: Flow, now: float) -> None:
+        if not flow.released:
+            return
+        self._close_transport(flow, now)
+        self._core.end_flow(flow, now)
+        if flow.state is State.TIMEWAIT:
+            acknowledgement = ipv4.emit(
+                flow.local_address,
+                flow.peer_address,
+                PROTOCOL_SAL,
+                emit_control(
+                    flow.flow_id,
+                    flow.peer_flow_id,
+                    PROTOCOL_TCP,
+                    ACK,
+                    flow.send_next,
+                    flow.receive_next,
+                    flow.local_nonce,
+                ),
+            )
+            record = TimeWait(flow.peer_nonce, acknowledgement, flow.peer_address, flow.interface_index)
+            self._core.flows.keep_in_time_wait(flow.flow_id, record, now)

@@ -1,0 +1,164 @@
+"""What do the parts of the service access layer share? The tables, the clockwork, the outbox, and the way a
+flow takes a step.
+
+Knows no protocol: active_open, passive_open and close register what each action does, and call `step`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from serval_core.effects import Effect, FlowEnded, SendPacket
+from serval_core.flow import Flow
+from serval_core.flow_table import FlowTable
+from serval_core.names import ServiceID
+from serval_core.paths import PathFinder
+from serval_core.retransmission import RoundTrips
+from serval_core.sal_settings import SalSettings
+from serval_core.service_table import ServiceTable
+from serval_core.states import CONNECTION, Action, Event, ImpossibleEvent, State
+from serval_core.timers import NO_TIMER, Timers
+from serval_core.wire import ipv4
+from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, emit_control
+
+Handler = Callable[[Flow, float], None]
+
+_EVENTS = 16  # more than there are; spreads (state, event) over small integers
+
+
+class RandomSource(Protocol):
+    """What we ask of randomness: `random.SystemRandom` in production, `random.Random` in tests."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """A number of `k` random bits."""
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+
+
+class Core:
+    """The state of one service access layer. Its parts write to it freely; nobody else sees it."""
+
+    __slots__ = (
+        "_handlers",
+        "_steps",
+        "counters",
+        "effects",
+        "flows",
+        "paths",
+        "random",
+        "round_trips",
+        "settings",
+        "table",
+        "timers",
+    )
+
+    def __init__(
+        self, settings: SalSettings, table: ServiceTable, paths: PathFinder, random: RandomSource
+    ) -> None:
+        self.settings = settings
+        self.table = table
+        self.paths = paths
+        self.random = random
+        self.flows = FlowTable(settings.time_wait_s, settings.time_wait_limit)
+        self.timers: Timers[Flow] = Timers()
+        self.round_trips = RoundTrips()
+        self.effects: list[Effect] = []
+        self.counters: defaultdict[str, int] = defaultdict(int)
+        self._handlers: dict[Action, Handler] = {}
+        self._steps: dict[int, tuple[State, tuple[Handler, ...]]] = {}
+
+    def register(self, handlers: Mapping[Action, Handler]) -> None:
+        """Say who carries out which action."""
+        self._handlers.update(handlers)
+
+    def prepare_steps(self) -> None:
+        """Resolve the table of states.py to functions. KeyError if nobody carries out one of its actions."""
+        self._steps = {
+            state * _EVENTS + event: (step.next_state, tuple(self._handlers[each] for each in step.actions))
+            for (state, event), step in CONNECTION.items()
+        }
+
+    def step(self, flow: Flow, event: Event, now: float) -> None:
+        """Let `event` happen to the flow. Raises ImpossibleEvent when the table has no row for it."""
+        found = self._steps.get(flow.state * _EVENTS + event)
+        if found is None:
+            raise ImpossibleEvent(flow.state, event)
+        flow.state, handlers = found
+        for handler in handlers:
+            handler(flow, now)
+
+    def drop(self, reason: str) -> None:
+        """Count a packet that is not processed any further."""
+        self.counters[f"dropped_{reason}"] += 1
+
+    def send_control(
+        self,
+        flow: Flow,
+        flags: int,
+        verno: int,
+        service: ServiceID | None = None,
+        source_addresses: tuple[int, ...] = (),
+        transport: bytes = b"",
+    ) -> bytes:
+        """Send a control packet of the flow to its peer, and return the IPv4 packet."""
+        packet = ipv4.emit(
+            flow.local_address,
+            flow.peer_address,
+            PROTOCOL_SAL,
+            emit_control(
+                flow.flow_id,
+                flow.peer_flow_id,
+                PROTOCOL_TCP,
+                flags,
+                verno,
+                flow.receive_next,
+                flow.local_nonce,
+                service,
+                source_addresses,
+                transport,
+            ),
+        )
+        self.effects.append(SendPacket(packet, flow.peer_address, flow.interface_index))
+        return packet
+
+    def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
+        """Set the flow's retransmission timer, in place of the one that may be running."""
+        self.timers.cancel(flow.retransmission_timer)
+        flow.retransmission_timer = self.timers.start(deadline, callback, flow)
+
+    def stop_retransmission(self, flow: Flow, now: float) -> None:
+        """The flow waits for no acknowledgement of a control packet."""
+        self.timers.cancel(flow.retransmission_timer)
+        flow.retransmission_timer = NO_TIMER
+        flow.retransmissions = 0
+
+    def restart_lifetime(self, flow: Flow, deadline: float, callback: Handler) -> None:
+        """Set the timer that bounds the flow's present state, in place of the one that may be running."""
+        self.timers.cancel(flow.lifetime_timer)
+        flow.lifetime_timer = self.timers.start(deadline, callback, flow)
+
+    def stop_timers(self, flow: Flow, now: float) -> None:
+        """Nothing is going to happen to the flow by itself."""
+        self.stop_retransmission(flow, now)
+        self.timers.cancel(flow.lifetime_timer)
+        flow.lifetime_timer = NO_TIMER
+
+    def leave_backlog(self, flow: Flow) -> None:
+        """The flow does not count against its listener's backlog any more."""
+        if flow.waits_in_backlog and flow.listener is not None:
+            flow.waits_in_backlog = False
+            flow.listener.waiting -= 1
+
+    def forget(self, flow: Flow, now: float) -> None:
+        """Take the flow out of every table without a word."""
+        self.stop_timers(flow, now)
+        self.leave_backlog(flow)
+        self.flows.remove(flow)
+
+    def end_flow(self, flow: Flow, now: float) -> None:
+        """Forget a flow that the application knows of, and tell it."""
+        self.forget(flow, now)
+        self.effects.append(FlowEnded(flow.flow_id, flow.errno))

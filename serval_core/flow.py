@@ -1,0 +1,149 @@
+"""What is known about one flow? The records of the flow table; what happens to them is in other files.
+
+Version numbers, sequence numbers and addresses are 32-bit integers in host order; times are seconds of
+the caller's clock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from serval_core.names import FlowID, ServiceID, ServicePrefix
+from serval_core.paths import Path
+from serval_core.states import State
+from serval_core.timers import NO_TIMER
+from serval_core.wire.tcp_segment import NO_OPTIONS
+
+
+class Listener:
+    """A service that is being listened on. `waiting` counts flows that the application has not taken."""
+
+    __slots__ = ("backlog", "listener_id", "prefix", "waiting")
+
+    def __init__(self, listener_id: int, prefix: ServicePrefix, backlog: int) -> None:
+        self.listener_id = listener_id
+        self.prefix = prefix
+        self.backlog = backlog
+        self.waiting = 0
+
+
+class SynKey(NamedTuple):
+    """What makes two SYNs copies of each other (SPEC 11.1, quirk 9)."""
+
+    address: int
+    flow_id: int
+    nonce: bytes
+
+
+class Way(NamedTuple):
+    """Where a SYN goes and how. With broadcast rules there are several at once."""
+
+    destination: int
+    path: Path
+
+
+class Flow:
+    """One connection, from the first SYN until the flow table forgets it."""
+
+    __slots__ = (
+        "advisory_address",
+        "errno",
+        "failure",
+        "fin_verno",
+        "first_sent_at",
+        "flow_id",
+        "initial_sequence",
+        "initial_verno",
+        "interface_index",
+        "lifetime_timer",
+        "listener",
+        "local_address",
+        "local_nonce",
+        "mtu_bytes",
+        "offered_mss_bytes",
+        "opened_at",
+        "options",
+        "peer_address",
+        "peer_flow_id",
+        "peer_initial_sequence",
+        "peer_nonce",
+        "peer_window_bytes",
+        "receive_next",
+        "released",
+        "retransmission_timer",
+        "retransmissions",
+        "send_next",
+        "send_unacknowledged",
+        "service_id",
+        "silent_addresses",
+        "source_addresses",
+        "state",
+        "syn_key",
+        "timeout_s",
+        "timestamp_offset",
+        "waits_in_backlog",
+        "ways",
+    )
+
+    def __init__(self, flow_id: FlowID, service_id: ServiceID, secrets: int, now: float) -> None:
+        """`secrets`: 192 random bits, from which nonce and initial numbers are taken."""
+        self.flow_id = flow_id
+        self.service_id = service_id
+        self.state = State.INIT
+        self.opened_at = now
+
+        # SAL (SPEC 3.2).
+        self.local_nonce = (secrets & 0xFFFFFFFFFFFFFFFF or 1).to_bytes(8, "big")
+        self.initial_verno = secrets >> 64 & 0xFFFFFFFF
+        self.send_next = self.initial_verno + 1 & 0xFFFFFFFF
+        self.send_unacknowledged = self.initial_verno
+        self.receive_next = 0
+        self.peer_flow_id = FlowID(0)
+        self.peer_nonce = b""
+        self.fin_verno: int | None = None
+
+        # Where the two ends are.
+        self.local_address = 0
+        self.peer_address = 0
+        self.interface_index = 0
+        self.mtu_bytes = 0
+
+        # The TCP handshake inside (SPEC 4.2). The timestamp clock starts anywhere, at an even number.
+        self.initial_sequence = secrets >> 96 & 0xFFFFFFFF
+        self.timestamp_offset = secrets >> 128 & 0xFFFFFFFE
+        self.peer_initial_sequence = 0
+        self.peer_window_bytes = 0
+        self.offered_mss_bytes = 0
+        self.options = NO_OPTIONS
+
+        # The control packet that waits for its acknowledgement, and how long things may take.
+        self.first_sent_at = now
+        self.retransmissions = 0
+        self.timeout_s = 0.0
+        self.retransmission_timer = NO_TIMER
+        self.lifetime_timer = NO_TIMER
+
+        # What the application knows and did.
+        self.released = False
+        self.errno = 0
+        self.failure = ""
+
+        # Active open: where the SYN goes (`advisory` 0: as the service table says).
+        self.advisory_address = 0
+        self.ways: tuple[Way, ...] = ()
+        self.silent_addresses: set[int] = set()
+
+        # Passive open.
+        self.listener: Listener | None = None
+        self.waits_in_backlog = False
+        self.syn_key: SynKey | None = None
+        self.source_addresses: tuple[int, ...] = ()
+
+
+class TimeWait(NamedTuple):
+    """All that is left of a closed flow: what it takes to acknowledge a repeated FIN once more."""
+
+    peer_nonce: bytes
+    acknowledgement: bytes  # the IPv4 packet to answer with
+    destination: int
+    interface_index: int

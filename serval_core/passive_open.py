@@ -1,0 +1,244 @@
+"""How does this host accept connections? Listeners and the server's half of the handshake (SPEC 3.6).
+
+Beyond the prototype: the SYN-ACK is repeated by timer, and the handshake is completed by whatever proves
+that the client has it: its ACK, a bare SAL ACK (what a prototype answers to a repeated SYN-ACK), or data.
+"""
+
+from __future__ import annotations
+
+from serval_core import handshake
+from serval_core.addresses import is_unicast
+from serval_core.core import Core
+from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment
+from serval_core.errors import OurMistake, TheirMistake
+from serval_core.flow import Flow, Listener, SynKey
+from serval_core.names import FlowID, ServicePrefix
+from serval_core.paths import Path
+from serval_core.reset import resets_flow
+from serval_core.retransmission import backed_off_s
+from serval_core.rules import Rule
+from serval_core.states import Action, Event, State
+from serval_core.wire import tcp_segment
+from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, RST, SYN, SalPacket
+
+
+class PassiveOpen:
+    """Accepts connections for the listeners of this stack."""
+
+    __slots__ = ("_core", "_last_listener_id", "_listeners")
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._listeners: dict[int, Listener] = {}
+        self._last_listener_id = 0
+        core.register(
+            {
+                Action.EXPECT_DATA: self._expect_data,
+                Action.SEND_SYN_ACK: self._send_syn_ack,
+                Action.REPORT_ACCEPTED: self._report_accepted,
+                Action.FORGET_HALF_OPEN: self._forget_half_open,
+            }
+        )
+
+    def listen(self, prefix: ServicePrefix, backlog: int) -> int:
+        """Accept connections to the services under `prefix`; returns the listener's number.
+
+        Raises OurMistake if that is being listened on already, or is no service to listen on.
+        """
+        if backlog < 1:
+            raise OurMistake(f"a backlog of {backlog} would refuse every connection: give at least 1")
+        listener_id = self._last_listener_id + 1
+        self._core.table.add(Rule.demux(prefix, listener_id))
+        self._last_listener_id = listener_id
+        self._listeners[listener_id] = Listener(listener_id, prefix, backlog)
+        return listener_id
+
+    def close_listener(self, listener_id: int, now: float) -> None:
+        """Stop listening. Half-open flows are forgotten; those that nobody has taken are reset."""
+        listener = self._listeners.pop(listener_id, None)
+        if listener is None:
+            raise OurMistake(f"there is no listener {listener_id}")
+        self._core.table.remove_listener(listener_id)
+        for flow in list(self._core.flows.by_syn.values()):
+            if flow.listener is listener and (flow.state is State.RESPOND or flow.waits_in_backlog):
+                flow.released = True
+                self._core.step(flow, Event.ABORT, now)
+
+    def syn_received(
+        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
+    ) -> None:
+        """Process a SYN. Raises TheirMistake."""
+        control = sal.control
+        assert control is not None
+        if not sal.services:
+            raise TheirMistake("syn_without_service")
+        if sal.protocol != PROTOCOL_TCP:
+            raise TheirMistake("not_tcp")
+        if sal.src_flow_id == 0:
+            raise TheirMistake("flow_id_zero")
+        if len(sal.source_addresses) >= MAX_SOURCE_ADDRESSES:
+            raise TheirMistake("source_full")
+        peer_address = sal.source_addresses[0] if sal.source_addresses else ip.source
+        core = self._core
+        flow = core.flows.by_syn.get(SynKey(peer_address, sal.src_flow_id, control.nonce))
+        if flow is not None:
+            self._repeated_syn(flow, control.verno, now)
+            return
+        if core.flows.half_open >= core.settings.request_queue_limit:
+            raise TheirMistake("request_queue_full")
+        target = core.table.resolve_local(sal.services[0], len(sal.transport))
+        if target is None:
+            raise TheirMistake("no_listener")
+        listener = self._listeners[target.listener_id]
+        if listener.waiting >= listener.backlog:
+            raise TheirMistake("backlog_full")
+        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+        if not handshake.syn_is_acceptable(segment):
+            raise TheirMistake("handshake_segment")
+        path = self._path_back(peer_address, interface_index, bool(sal.source_addresses))
+        local_address = ip.destination
+        if broadcast or sal.source_addresses:
+            local_address = self._own_address(interface_index, ip.destination, path)
+
+        flow_id = core.flows.new_flow_id(core.random.getrandbits)
+        flow = Flow(flow_id, sal.services[0], core.random.getrandbits(192), now)
+        flow.listener = listener
+        flow.syn_key = SynKey(peer_address, sal.src_flow_id, control.nonce)
+        flow.peer_flow_id = FlowID(sal.src_flow_id)
+        flow.peer_nonce = control.nonce
+        flow.receive_next = control.verno + 1 & 0xFFFFFFFF
+        flow.local_address = local_address
+        flow.peer_address = peer_address
+        flow.interface_index = path.interface_index
+        flow.mtu_bytes = path.mtu_bytes
+        flow.offered_mss_bytes = handshake.mss_to_offer(path.mtu_bytes, core.settings.mss_cap)
+        flow.options = segment.options
+        flow.peer_initial_sequence = segment.sequence
+        flow.peer_window_bytes = segment.window
+        if sal.source_addresses:
+            flow.source_addresses = (*sal.source_addresses, local_address)
+        flow.timeout_s = core.round_trips.timeout_s(peer_address, core.settings.synack_timeout_s)
+        core.flows.add(flow)
+        core.flows.half_open += 1
+        core.restart_lifetime(flow, now + core.settings.request_expiry_s, self._expire)
+        core.step(flow, Event.SYN_RECEIVED, now)
+
+    def receive(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
+        """Process a packet for a flow in RESPOND. Raises TheirMistake."""
+        control = sal.control
+        if control is None:
+            self._first_data(flow, ip, sal, now)
+            return
+        if control.flags & RST:
+            if not resets_flow(flow, control, self._core.settings.version_gap_limit):
+                raise TheirMistake("spoofed_reset")
+            self._core.step(flow, Event.RESET_RECEIVED, now)
+            return
+        if control.nonce != flow.peer_nonce:
+            raise TheirMistake("wrong_nonce")
+        if control.flags != ACK:
+            raise TheirMistake("not_a_handshake_ack")
+        if control.ackno != flow.send_next:
+            raise TheirMistake("wrong_ackno")
+        if control.verno != flow.receive_next:
+            raise TheirMistake("wrong_verno")
+        if sal.transport:
+            segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+            if not handshake.first_segment_is_acceptable(flow, segment, 1):
+                raise TheirMistake("handshake_segment")
+            flow.peer_window_bytes = handshake.scaled_window(flow, segment)
+        else:
+            flow.peer_window_bytes = handshake.window_without_segment(flow)
+        if ip.source != flow.peer_address:
+            # The nonce vouches for it, and the prototype goes by the address of the ACK as well.
+            path = self._path_back(ip.source, flow.interface_index, True)
+            flow.peer_address = ip.source
+            flow.interface_index = path.interface_index
+            flow.mtu_bytes = path.mtu_bytes
+        self._complete(flow, now)
+
+    def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
+        """Data that overtook the handshake ACK, or came in its place."""
+        if sal.protocol != PROTOCOL_TCP:
+            raise TheirMistake("not_tcp")
+        # Behind a veth the kernel leaves the checksum of its segments to be completed.
+        if tcp_segment.checksum_state(sal.transport, ip.source, ip.destination) == "wrong":
+            raise TheirMistake(tcp_segment.WRONG_CHECKSUM)
+        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, verify=False)
+        window_bytes = self._core.settings.receive_window_bytes
+        if not handshake.first_segment_is_acceptable(flow, segment, window_bytes):
+            raise TheirMistake("handshake_segment")
+        flow.peer_window_bytes = handshake.scaled_window(flow, segment)
+        self._complete(flow, now)
+        self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
+
+    def _complete(self, flow: Flow, now: float) -> None:
+        if flow.retransmissions == 0:
+            self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
+        flow.send_unacknowledged = flow.send_next
+        self._core.step(flow, Event.HANDSHAKE_COMPLETED, now)
+
+    def _repeated_syn(self, flow: Flow, verno: int, now: float) -> None:
+        if flow.state is not State.RESPOND:
+            raise TheirMistake("repeated_syn")
+        if verno + 1 & 0xFFFFFFFF != flow.receive_next:
+            raise TheirMistake("wrong_verno")
+        # The client may answer either copy of the SYN-ACK, so its round trip cannot be measured (Karn).
+        flow.retransmissions += 1
+        self._core.step(flow, Event.SYN_RECEIVED, now)
+
+    def _path_back(self, peer_address: int, interface_index: int, unproven: bool) -> Path:
+        """The path to a peer. An `unproven` address did not come from an IP header that the kernel let pass."""
+        paths = self._core.paths
+        if not is_unicast(peer_address) or (
+            unproven and any(each.broadcast_address == peer_address for each in paths.interfaces())
+        ):
+            raise TheirMistake("not_unicast")
+        path = paths.path_to(peer_address, interface_index) or paths.path_to(peer_address)
+        if path is None:
+            raise TheirMistake("no_path_back")
+        return path
+
+    def _own_address(self, interface_index: int, destination: int, path: Path) -> int:
+        """The receiving interface's own address: the one the packet came to, if it is one (SPEC 3.6)."""
+        own = [each.address for each in self._core.paths.interfaces() if each.index == interface_index]
+        if destination in own:
+            return destination
+        return own[0] if own else path.source_address
+
+    def _expect_data(self, flow: Flow, now: float) -> None:
+        self._core.effects.append(ExpectData(flow.flow_id))
+
+    def _send_syn_ack(self, flow: Flow, now: float) -> None:
+        core = self._core
+        segment = handshake.syn_ack_segment(flow, core.settings, flow.first_sent_at)
+        core.send_control(
+            flow,
+            SYN | ACK,
+            flow.initial_verno,
+            source_addresses=flow.source_addresses,
+            transport=tcp_segment.emit(segment, flow.local_address, flow.peer_address),
+        )
+        wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.request_expiry_s)
+        core.restart_retransmission(flow, now + wait_s, self._repeat_syn_ack)
+
+    def _repeat_syn_ack(self, flow: Flow, now: float) -> None:
+        flow.retransmissions += 1
+        self._core.step(flow, Event.RETRANSMIT, now)
+
+    def _forget_half_open(self, flow: Flow, now: float) -> None:
+        self._core.flows.half_open -= 1
+        self._core.forget(flow, now)
+        self._core.effects.append(ForgetExpected(flow.flow_id))
+
+    def _expire(self, flow: Flow, now: float) -> None:
+        self._core.step(flow, Event.GAVE_UP, now)
+
+    def _report_accepted(self, flow: Flow, now: float) -> None:
+        listener = flow.listener
+        assert listener is not None
+        listener.waiting += 1
+        flow.waits_in_backlog = True
+        self._core.flows.half_open -= 1
+        self._core.effects.append(Accepted(listener.listener_id, flow.flow_id, flow.service_id))

@@ -1,0 +1,219 @@
+"""The service access layer: packets and calls go in, effects come out. It never touches a socket or a clock.
+
+This is the facade that `stack` drives. It says which part a packet concerns, and nothing about what that
+part does: active_open, passive_open, close. Time is an argument, in seconds of any clock that does not go
+back. Not thread-safe.
+
+After every call, and when `next_timeout()` has come and `handle_timeouts` was called, carry out
+`take_effects()` in order.
+"""
+
+from __future__ import annotations
+
+from errno import ECONNABORTED
+
+from serval_core.active_open import ActiveOpen
+from serval_core.close import Close
+from serval_core.core import Core, RandomSource
+from serval_core.effects import Effect, SendPacket
+from serval_core.errors import TheirMistake
+from serval_core.flow import Flow
+from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
+from serval_core.passive_open import PassiveOpen
+from serval_core.paths import PathFinder
+from serval_core.reset import answer_with_reset
+from serval_core.sal_settings import SalSettings
+from serval_core.service_table import ServiceTable
+from serval_core.states import State
+from serval_core.wire import ipv4
+from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.sal import ACK, RST, SYN, SalPacket, parse
+
+__all__ = ["SalSettings", "ServiceAccessLayer"]
+
+
+class ServiceAccessLayer:
+    """One host's service access layer.
+
+    Calls about a flow that is gone are no mistake: it may have ended while the caller was on its way.
+    """
+
+    def __init__(
+        self, settings: SalSettings, table: ServiceTable, paths: PathFinder, random: RandomSource
+    ) -> None:
+        """`random` must be unpredictable (`random.SystemRandom`) wherever there may be attackers."""
+        self._core = Core(settings, table, paths, random)
+        self._active_open = ActiveOpen(self._core)
+        self._passive_open = PassiveOpen(self._core)
+        self._close = Close(self._core)
+        self._core.prepare_steps()
+        self.counters = self._core.counters
+        """How often what happened since the start. `dropped_REASON` are packets that had no other effect than,
+        at most, being answered with an acknowledgement or an RST.
+        """
+
+    def listen(self, prefix: ServicePrefix, backlog: int, now: float) -> int:
+        """Accept connections to the services under `prefix`; returns the listener's number.
+
+        At most `backlog` accepted flows wait for `accepted_taken`. Raises OurMistake, e.g. if the prefix is
+        being listened on.
+        """
+        return self._passive_open.listen(prefix, backlog)
+
+    def close_listener(self, listener_id: int, now: float) -> None:
+        """Stop listening. Flows that were not taken are reset, taken ones live on. OurMistake if unknown."""
+        self._passive_open.close_listener(listener_id, now)
+
+    def accepted_taken(self, flow_id: FlowID) -> None:
+        """The application has taken an accepted flow: it leaves the backlog."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._core.leave_backlog(flow)
+
+    def connect(self, service_id: ServiceID, now: float, destination: int = 0) -> FlowID:
+        """Open a connection to `service_id`, at address `destination` unless that is 0.
+
+        The outcome is a Connected or ConnectFailed effect, which may be there already on return.
+        """
+        return self._active_open.connect(service_id, destination, now)
+
+    def cancel_connect(self, flow_id: FlowID, now: float) -> None:
+        """The application does not want the connection any more.
+
+        A connection that is still being opened is forgotten without an effect; an open one is aborted.
+        """
+        self.abort(flow_id, now)
+
+    def release(self, flow_id: FlowID, now: float) -> None:
+        """The application is finished with both directions (its close()). The flow closes by itself, bounded
+        in time; CloseTransport comes at the end, and not before this call.
+        """
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._close.release(flow, now)
+
+    def abort(self, flow_id: FlowID, now: float) -> None:
+        """Close with an RST to the peer. FlowEnded says ECONNABORTED unless the flow was closed already."""
+        self._abort(flow_id, ECONNABORTED, now)
+
+    def fin_acknowledged(self, flow_id: FlowID, now: float) -> None:
+        """Data plane: the peer's TCP has acknowledged our TCP FIN, so the SAL FIN may go."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._close.fin_acknowledged(flow, now)
+
+    def transport_reset(self, flow_id: FlowID, now: float) -> None:
+        """Data plane: the kernel socket sent a TCP RST, i.e. it was closed with unread data."""
+        self._abort(flow_id, ECONNABORTED, now)
+
+    def transport_failed(self, flow_id: FlowID, errno: int, now: float) -> None:
+        """Data plane: the transport could not be opened, or its socket gave up. The peer gets an RST."""
+        self._abort(flow_id, errno, now)
+
+    def packet_received(self, packet: bytes, interface_index: int, broadcast: bool, now: float) -> None:
+        """Process an IPv4 packet of protocol 144 that came to this host or, if `broadcast`, to all.
+
+        Whatever is wrong with it is counted, never raised.
+        """
+        core = self._core
+        core.counters["packets_received"] += 1
+        try:
+            if core.flows.half_open >= core.settings.request_queue_limit and _is_syn(packet):
+                raise TheirMistake("request_queue_full")
+            ip = ipv4.parse(packet)
+            if ip.is_fragment:
+                raise TheirMistake("fragment")
+            self._dispatch(ip, parse(ip.payload), interface_index, broadcast, now)
+        except TheirMistake as mistake:
+            core.drop(mistake.reason)
+
+    def paths_changed(self, now: float) -> None:
+        """Interfaces, addresses or routes have changed: `paths` may have new answers."""
+        for flow in list(self._core.flows.by_id.values()):
+            if flow.state is State.REQUEST:
+                self._active_open.paths_changed(flow, now)
+
+    def handle_timeouts(self, now: float) -> None:
+        """Do what is due."""
+        self._core.timers.run(now)
+        self._core.flows.expire(now)
+
+    def next_timeout(self) -> float | None:
+        """When `handle_timeouts` has something to do; None: nothing is waiting."""
+        timer = self._core.timers.next_deadline()
+        expiry = self._core.flows.next_expiry()
+        if timer is None or (expiry is not None and expiry < timer):
+            return expiry
+        return timer
+
+    def take_effects(self) -> list[Effect]:
+        """What is to be done, in order. The list is the caller's."""
+        effects = self._core.effects
+        self._core.effects = []
+        return effects
+
+    def flows(self) -> list[dict[str, object]]:
+        """One dict per flow, for `show flows`. Flows in TIMEWAIT after their release are only counted."""
+        return [_snapshot(flow, self._core) for flow in self._core.flows.by_id.values()]
+
+    def _abort(self, flow_id: FlowID, errno: int, now: float) -> None:
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._close.abort(flow, errno, now)
+
+    def _dispatch(
+        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
+    ) -> None:
+        control = sal.control
+        if control is not None and control.flags == SYN:
+            self._passive_open.syn_received(ip, sal, interface_index, broadcast, now)
+            return
+        flows = self._core.flows
+        flow = flows.by_id.get(sal.dst_flow_id)
+        if flow is None:
+            record = flows.time_wait.get(sal.dst_flow_id)
+            if record is None:
+                self._unknown_flow(ip, sal, interface_index, broadcast)
+            else:
+                self._close.time_wait_received(record, sal)
+        elif flow.state is State.REQUEST:
+            self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
+        elif flow.state is State.RESPOND:
+            self._passive_open.receive(flow, ip, sal, now)
+        else:
+            self._close.receive(flow, ip, sal, now)
+
+    def _unknown_flow(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
+        """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).
+
+        Broadcast ones are ignored as well: each host would answer, and an RST kills a prototype's socket.
+        """
+        control = sal.control
+        if sal.services and not broadcast and (control is None or not control.flags & (RST | SYN)):
+            packet = answer_with_reset(ip, sal)
+            self._core.effects.append(SendPacket(packet, ip.source, interface_index))
+            self._core.counters["resets_answered"] += 1
+        raise TheirMistake("unknown_flow")
+
+
+def _is_syn(packet: bytes) -> bool:
+    """Whether a packet looks like a SYN: a glance that costs next to nothing during a flood."""
+    control = (packet[0] & 15) * 4 + 12 if packet else 0
+    return len(packet) > control + 2 and packet[control] >> 4 == 1 and packet[control + 2] & 0xFC == SYN
+
+
+def _snapshot(flow: Flow, core: Core) -> dict[str, object]:
+    return {
+        "flow_id": flow.flow_id,
+        "peer_flow_id": flow.peer_flow_id,
+        "state": flow.state.name,
+        "service": flow.service_id.text,
+        "role": "passive" if flow.listener is not None else "active",
+        "local_address": format_address(flow.local_address),
+        "peer_address": format_address(flow.peer_address),
+        "interface_index": flow.interface_index,
+        "peer_is_ours": flow.options.capabilities is not None,
+        "released": flow.released,
+        "opened_at": flow.opened_at,
+        "round_trip_s": core.round_trips.smoothed_s(flow.peer_address),
+    }

@@ -1,0 +1,39 @@
+"""What can be chosen about the service access layer? Its settings, with the defaults and where they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SalSettings:
+    """Times in seconds, sizes in bytes, counts as counts.
+
+    The prototype waits 3 s before it repeats a SYN and retransmits FINs for 23 minutes (SPEC 3.3). Ours begins earlier,
+    which is harmless to it: a repeated SYN is answered with the same SYN-ACK.
+    """
+
+    syn_initial_timeout_s: float = 0.2  # towards a destination whose round-trip time is unknown
+    syn_timeout_max_s: float = 3.0
+    connect_timeout_s: float = 10.0
+    synack_timeout_s: float = 0.3  # doubles; how often it is repeated follows from request_expiry_s
+    request_expiry_s: float = 3.0  # SPEC 3.6
+    request_queue_limit: int = 1024  # half-open flows of the whole stack
+    backlog: int = 1024  # accepted flows that the application has not taken, per listener
+
+    control_initial_timeout_s: float = 1.0  # FIN to a peer whose round-trip time is unknown (RFC 6298)
+    control_timeout_max_s: float = 120.0
+    control_retransmissions: int = 15
+    released_retransmissions: int = 8  # nobody waits for the outcome any more
+    version_gap_limit: int = 256  # how far a version number may run ahead (SPEC 11.1, quirk 7)
+
+    release_timeout_s: float = 120.0  # released, and the peer's TCP does not acknowledge our last bytes
+    fin_wait2_s: float = 60.0  # SPEC 3.8
+    time_wait_s: float = 60.0
+    time_wait_limit: int = 65536  # the oldest goes first
+
+    window_scale: int = 10
+    receive_window_bytes: int = 65535
+    sack: bool = True
+    timestamps: bool = True
+    mss_cap: int = 32767
