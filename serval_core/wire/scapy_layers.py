@@ -168,8 +168,8 @@ _EXTENSION_LAYERS: dict[int, type[Packet]] = {
 
 def _next_extension(
     _packet: Packet, _before: list[BasePacket], _current: Packet | None, remaining: bytes
-) -> type[Packet]:
-    return _EXTENSION_LAYERS.get(remaining[0] >> 4, Raw)
+) -> type[Packet] | None:
+    return _EXTENSION_LAYERS.get(remaining[0] >> 4, Raw) if remaining else None
 
 
 class SAL(Packet):
@@ -240,8 +240,8 @@ class ServalTCP(TCP):
             segment = segment[:16] + struct.pack("!H", checksum(pseudo_header + segment)) + segment[18:]
         return segment
 
-    def mysummary(self) -> str:
-        return f"Serval TCP {self.flags} seq={self.seq} ack={self.ack} data={len(self.payload)}"
+    def mysummary(self) -> tuple[str, list[type[Packet]]]:  # type: ignore[override]
+        return f"Serval TCP {self.flags} seq={self.seq} ack={self.ack} data={len(self.payload)}", [SAL]
 
     def checksum_is_right(self) -> bool:
         """Whether the segment, as it was received, sums up with the addresses of its IP header."""
@@ -265,8 +265,8 @@ class ServalUDP(UDP):
             datagram = datagram[:6] + struct.pack("!H", computed) + datagram[8:]
         return datagram
 
-    def mysummary(self) -> str:
-        return f"Serval UDP data={len(self.payload)}"
+    def mysummary(self) -> tuple[str, list[type[Packet]]]:  # type: ignore[override]
+        return f"Serval UDP data={len(self.payload)}", [SAL]
 
     def checksum_is_right(self) -> bool:
         """Whether the datagram, as it was received, sums up; one without a checksum does."""
