@@ -1,0 +1,254 @@
+"""Does it work? `make demo`: an unmodified client and web server with two translators between them, checked.
+
+The two hosts in the middle speak Serval with each other and nothing else. Files are hashed at both ends,
+packets are counted on the wire between the translators, the flow table is read while bytes move, and the
+throughput is set beside direct TCP between the same programs. The exit status is 0 only if all was as it
+should be.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from lab.chain import COMMAND, Chain, TranslatorProcess, kernel_traces
+from lab.hosts import CommandFailed, Lab, remove_leftovers
+from lab.traffic import PROJECT, WebServer, hash_file, write_random_file
+from lab.waiting import NeverHappened, wait_for
+from lab.wire_counter import WireCounter
+
+SERVICE = "76568"
+PORT = 80
+DOWNLOAD_BYTES = 768 << 20
+UPLOAD_BYTES = 256 << 20
+SLOW_BYTES = 6 << 20
+SLOW_RATE = "3M"
+PAIRS = 7
+MTU_BYTES = 1500
+PROTOCOL_SAL = 144
+PROTOCOL_TCP = 6
+REFRESH_S = 0.05
+TRANSFER_TIMEOUT_S = 120
+
+console = Console()
+
+
+@dataclass
+class Findings:
+    """What the demonstration saw. `problems` is empty if all is as it should be."""
+
+    problems: list[str] = field(default_factory=list)
+    flow_tables: dict[str, str] = field(default_factory=dict)
+    sal_packets: int = 0
+    through_bits_per_s: list[float] = field(default_factory=list)
+    direct_bits_per_s: list[float] = field(default_factory=list)
+    hashes: list[tuple[str, int, str, str]] = field(default_factory=list)
+
+    def expect(self, holds: bool, problem: str) -> None:
+        """Note `problem` unless it holds."""
+        if not holds:
+            self.problems.append(problem)
+
+
+def main() -> int:
+    """Run the demonstration; the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    started = time.monotonic()
+    findings = Findings()
+    try:
+        for name in remove_leftovers():
+            console.print(f"removed what a killed run had left: {escape(name)}")
+        with Lab() as lab:
+            demonstrate(lab, findings)
+    except (PermissionError, CommandFailed, NeverHappened, subprocess.TimeoutExpired) as error:
+        console.print(f"[red]The demonstration could not go on:[/] {escape(str(error))}")
+        return 1
+    report(findings, time.monotonic() - started)
+    return 1 if findings.problems else 0
+
+
+def demonstrate(lab: Lab, findings: Findings) -> None:
+    """Build the chain, move files through it, look at it from outside."""
+    here, there = lab.directory / "client", lab.directory / "server"
+    here.mkdir()
+    there.mkdir()
+    with console.status("four hosts, two translators, random files"):
+        chain = Chain(lab, {PORT: SERVICE})
+        WebServer(chain.server, there, PORT)
+        download = write_random_file(there / "download", DOWNLOAD_BYTES, seed=1)
+        upload = write_random_file(here / "upload", UPLOAD_BYTES, seed=2)
+        slow = write_random_file(there / "slow", SLOW_BYTES, seed=3)
+        chain.start()
+    console.print(
+        "client - [bold]serval-translator --map 80=76568[/] - protocol 144 - "
+        "[bold]serval-translator --reverse 76568=10.3.0.1:80[/] - web server"
+    )
+    with (
+        WireCounter(*chain.wire, PROTOCOL_SAL) as sal,
+        WireCounter(*chain.wire, PROTOCOL_SAL, longer_than_bytes=MTU_BYTES) as too_long,
+        WireCounter(*chain.wire, PROTOCOL_TCP) as plain_tcp,
+    ):
+        move_files(chain, findings, here, there, {"download": download, "upload": upload, "slow": slow})
+        findings.sal_packets = sal.count()
+        least = (DOWNLOAD_BYTES + UPLOAD_BYTES + SLOW_BYTES) // MTU_BYTES
+        findings.expect(
+            findings.sal_packets >= least,
+            f"only {findings.sal_packets} packets of protocol 144 for {least} MTUs",
+        )
+        findings.expect(too_long.count() == 0, f"{too_long.count()} packets were longer than the MTU")
+        findings.expect(
+            plain_tcp.count() == 0, f"{plain_tcp.count()} plain TCP packets between the translators"
+        )
+    compare_with_direct(chain, findings)
+    finish(chain, findings)
+
+
+def move_files(chain: Chain, findings: Findings, here: Path, there: Path, sent: dict[str, str]) -> None:
+    """Download and upload with curl, hashing both ends; a slow download keeps one flow open to be seen."""
+    url = f"http://{chain.front}"
+    with transfer_progress() as progress:
+        slow = curl(chain, "--limit-rate", SLOW_RATE, "-o", here / "slow", f"{url}/slow")
+        wait_for((here / "slow").exists, "the first bytes of the slow download")
+        fast = curl(chain, "-o", here / "download", f"{url}/download")
+        tables = {
+            name: translator.host.popen([*COMMAND, "show", "flows"], cwd=PROJECT, stdout=subprocess.PIPE)
+            for name, translator in (("translator", chain.translator), ("reverse translator", chain.reverse))
+        }
+        watch(progress, "download", fast, here / "download", DOWNLOAD_BYTES)
+        for name, table in tables.items():
+            findings.flow_tables[name] = table.communicate(timeout=TRANSFER_TIMEOUT_S)[0]
+        putting = curl(chain, "-T", here / "upload", f"{url}/upload")
+        watch(progress, "upload", putting, there / "upload", UPLOAD_BYTES)
+        watch(progress, "slow download", slow, here / "slow", SLOW_BYTES)
+    for name, arrived, size in (
+        ("download", here / "download", DOWNLOAD_BYTES),
+        ("upload", there / "upload", UPLOAD_BYTES),
+        ("slow", here / "slow", SLOW_BYTES),
+    ):
+        received = hash_file(arrived)
+        findings.hashes.append((name, size, sent[name], received))
+        findings.expect(received == sent[name], f"the {name} arrived with another hash")
+
+
+def curl(chain: Chain, *options: Any) -> subprocess.Popen[Any]:
+    """A curl on the client host, silent unless it fails."""
+    return chain.client.popen(["curl", "-sSf", *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@contextmanager
+def transfer_progress() -> Iterator[Progress]:
+    """Bars for transfers, with their rate."""
+    columns = (TextColumn("{task.description:14}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def watch(progress: Progress, name: str, process: subprocess.Popen[Any], path: Path, size_bytes: int) -> None:
+    """Draw how `path` grows until the process ends; CommandFailed if it ended badly."""
+    task = progress.add_task(name, total=size_bytes)
+    deadline = time.monotonic() + TRANSFER_TIMEOUT_S
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, TRANSFER_TIMEOUT_S)
+        progress.update(task, completed=path.stat().st_size if path.exists() else 0)
+        time.sleep(REFRESH_S)
+    if process.returncode != 0:
+        _, errors = process.communicate()
+        raise CommandFailed(
+            "client", subprocess.CompletedProcess(process.args, process.returncode, "", errors)
+        )
+    progress.update(task, completed=path.stat().st_size)
+
+
+def compare_with_direct(chain: Chain, findings: Findings) -> None:
+    """The same download through the chain and directly, in turns."""
+    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("with direct TCP", total=PAIRS)
+        for _ in range(PAIRS):
+            findings.through_bits_per_s.append(measured_bits_per_s(chain, chain.front))
+            findings.direct_bits_per_s.append(measured_bits_per_s(chain, chain.direct))
+            progress.advance(task)
+
+
+def measured_bits_per_s(chain: Chain, address: str) -> float:
+    """What curl reports for one download of the uploaded file."""
+    command = ["curl", "-sSf", "-o", "/dev/null", "-w", "%{speed_download}", f"http://{address}/upload"]
+    return 8 * float(chain.client.run(command, timeout_s=TRANSFER_TIMEOUT_S).stdout)
+
+
+def finish(chain: Chain, findings: Findings) -> None:
+    """Nothing may be left: no flow after the transfers, no trace in the kernel after the translators."""
+    sides = {"translator": chain.translator, "reverse translator": chain.reverse}
+    for name, side in sides.items():
+        shown = findings.flow_tables[name]
+        findings.expect("ESTABLISHED" in shown.upper(), f"{name}: show flows printed no open flow:\n{shown}")
+        try:
+            wait_for(partial(is_idle, side), "its flows to end")
+        except NeverHappened as error:
+            findings.expect(False, f"{name}: {error}")
+    statuses = chain.stop()
+    for (name, side), status in zip(sides.items(), statuses, strict=True):
+        findings.expect(status == 0, f"{name}: ended with {status}\n{side.log()}")
+        left = kernel_traces(side.host)
+        findings.expect(not left, f"{name}: left in the kernel: {', '.join(left)}")
+
+
+def is_idle(side: TranslatorProcess) -> bool:
+    """No flow is open, none is left in the kernel's flow map."""
+    return not side.flows() and side.ask("counters")["flow_map_entries"] == 0
+
+
+def report(findings: Findings, duration_s: float) -> None:
+    """Print what was seen."""
+    for name, table in findings.flow_tables.items():
+        console.print(f"[bold]{name}: serval-translator show flows, while files moved[/]")
+        print(table)
+    files = Table("file", "bytes", "SHA-256 sent", "SHA-256 received", title="Files, hashed at both ends")
+    for name, size, sent, received in findings.hashes:
+        files.add_row(
+            name, f"{size:,}", sent[:16] + "…", received[:16] + "…", style="" if sent == received else "red"
+        )
+    console.print(files)
+    through, direct = (
+        statistics.median(x) / 1e9 for x in (findings.through_bits_per_s, findings.direct_bits_per_s)
+    )
+    ratios = [a / b for a, b in zip(findings.through_bits_per_s, findings.direct_bits_per_s, strict=True)]
+    summary = Table("", "value", title="Summary", show_header=False)
+    summary.add_row("through both translators", f"{through:.2f} Gbit/s (median of {PAIRS} downloads)")
+    summary.add_row("direct TCP, same programs", f"{direct:.2f} Gbit/s")
+    summary.add_row("ratio, median of the pairs", f"{statistics.median(ratios):.2f}")
+    summary.add_row(
+        "protocol-144 packets on the wire", f"{findings.sal_packets:,} (counted there, hashed files only)"
+    )
+    summary.add_row("time taken", f"{duration_s:.0f} s")
+    console.print(summary)
+    for problem in findings.problems:
+        console.print(f"[red]not as it should be:[/] {escape(problem)}")
+    if not findings.problems:
+        console.print("[green]Everything was as it should be.[/]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
