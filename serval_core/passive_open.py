@@ -37,6 +37,7 @@ class PassiveOpen:
                 Action.EXPECT_DATA: self._expect_data,
                 Action.SEND_SYN_ACK: self._send_syn_ack,
                 Action.REPORT_ACCEPTED: self._report_accepted,
+                Action.TELL_EXPIRED: self._tell_expired,
                 Action.FORGET_HALF_OPEN: self._forget_half_open,
             }
         )
@@ -226,6 +227,14 @@ class PassiveOpen:
     def _repeat_syn_ack(self, flow: Flow, now: float) -> None:
         flow.retransmissions += 1
         self._core.step(flow, Event.RETRANSMIT, now)
+
+    def _tell_expired(self, flow: Flow, now: float) -> None:
+        """A client whose ACKs were all lost believes that it is connected: an RST saves it from waiting for
+        ever. One of ours that is still in REQUEST does not know the nonce and ignores it, whereas a prototype
+        would give up instead of repeating its SYN, so that one is told nothing (SPEC 3.6).
+        """
+        if flow.options.capabilities is not None:
+            self._core.send_control(flow, RST | ACK, flow.send_next)
 
     def _forget_half_open(self, flow: Flow, now: float) -> None:
         self._core.flows.half_open -= 1

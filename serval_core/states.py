@@ -69,6 +69,7 @@ class Action(StrEnum):
     REPORT_ACCEPTED = "report accepted"
     REPORT_FAILURE = "report failure"
     FORGET = "forget"
+    TELL_EXPIRED = "tell a peer of ours that it expired"
     FORGET_HALF_OPEN = "forget half-open flow"
     SEND_FIN = "send FIN"
     REPEAT_FIN = "repeat FIN"
@@ -127,7 +128,9 @@ CONNECTION: dict[tuple[State, Event], Step] = {
         State.CONNECTED, (Action.OPEN_TRANSPORT, Action.REPORT_ACCEPTED)
     ),
     (State.RESPOND, Event.RESET_RECEIVED): _EXPIRED,
-    (State.RESPOND, Event.GAVE_UP): _EXPIRED,
+    (State.RESPOND, Event.GAVE_UP): Step(
+        State.CLOSED, (Action.TELL_EXPIRED, Action.FORGET_HALF_OPEN)
+    ),
     (State.RESPOND, Event.ABORT): _EXPIRED,
     # Both directions are open.
     (State.CONNECTED, Event.SYN_ACK_RECEIVED): Step(State.CONNECTED, (Action.SEND_HANDSHAKE_ACK,)),
