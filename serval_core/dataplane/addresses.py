@@ -24,6 +24,8 @@ MESSAGE_HEADER = struct.Struct("=IHHII")
 ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
 ATTRIBUTE_HEADER = struct.Struct("=HH")
 CACHE_LIMIT = 65536
+# bpf_skb_change_head refuses packets beyond what one allocation holds (16 KiB less overhead); only loopback has a larger MTU.
+PACKET_BYTES_MAX = 15000
 IFF_UP = 0x1
 IFF_LOOPBACK = 0x8
 
@@ -121,6 +123,7 @@ class KernelPaths:
         if interface is None:
             return None
         metrics = dict(walk_attributes(attributes.get(RTA_METRICS, b""), 0))
+        mtu = int.from_bytes(metrics.get(RTAX_MTU, b""), "little")
         source = attributes.get(RTA_PREFSRC)
         gateway = attributes.get(RTA_GATEWAY)
         return Path(
@@ -128,7 +131,7 @@ class KernelPaths:
             interface.name,
             int.from_bytes(source, "big") if source else interface.address,
             int.from_bytes(gateway, "big") if gateway else address,
-            int.from_bytes(metrics[RTAX_MTU], "little") if RTAX_MTU in metrics else interface.mtu_bytes,
+            min(PACKET_BYTES_MAX, mtu or interface.mtu_bytes),
         )
 
 

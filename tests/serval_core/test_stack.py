@@ -1,0 +1,336 @@
+"""The embedded stack on the real kernel: two hosts, a wire, data compared by hash, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lab.hosts import Host, Lab
+from lab.loss import Faults, FaultyWire
+from lab.waiting import wait_for
+from lab.wire_counter import WireCounter
+from serval_core.dataplane.devices import OWN_DEVICES
+from serval_core.errors import KernelRefused
+from serval_core.names import parse_service
+from serval_core.rules import Rule
+from serval_core.sal_settings import SalSettings
+from serval_core.stack_socket import StackBusy
+from tests.serval_core.stack_thread import StackThread, Stream, send_in_background
+
+SERVICE = "76568"
+QUICK = SalSettings(connect_timeout_s=1.0, time_wait_s=0.2, fin_wait2_s=0.5)
+
+
+@pytest.fixture
+def wire(lab: Lab) -> tuple[Host, Host]:
+    """Client and server, one wire."""
+    client, server = lab.host("client"), lab.host("server")
+    lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24")
+    return client, server
+
+
+@pytest.fixture
+def stacks(wire: tuple[Host, Host]) -> Iterator[tuple[StackThread, StackThread]]:
+    with StackThread(wire[0], sal=QUICK) as client, StackThread(wire[1], sal=QUICK) as server:
+        yield client, server
+    for host in wire:
+        assert_no_traces(host)
+
+
+def assert_no_traces(host: Host) -> None:
+    names = {link.split(":")[1].split("@")[0].strip() for link in host.run(["ip", "-o", "link"]).stdout.splitlines()}
+    assert not names & OWN_DEVICES
+    for interface in [*host.interfaces, "lo"]:
+        assert "clsact" not in host.run(["tc", "qdisc", "show", "dev", interface]).stdout
+    assert "100.126" not in host.run(["ip", "route", "show", "table", "all"]).stdout
+    assert "serval" not in host.run(["nft", "list", "tables"]).stdout
+
+
+def assert_idle(*stacks: StackThread) -> None:
+    """No transport, no map entry, no flow: waits, because the last packets of a close are under way."""
+    for stack in stacks:
+        wait_for(lambda stack=stack: stack.counters()["open_transports"] == 0, "all transports are closed")
+        assert stack.counters()["flow_map_entries"] == 0
+        assert stack.flows() == []
+
+
+def exchange(client: Stream, server: Stream, up_bytes: int, down_bytes: int) -> None:
+    """Both directions at once, compared by hash, then closed."""
+    up, down = send_in_background(client, up_bytes, 1), send_in_background(server, down_bytes, 2)
+    received_up: list[str] = []
+    reader = threading.Thread(target=lambda: received_up.append(server.receive_all()))
+    reader.start()
+    received_down = client.receive_all()
+    reader.join()
+    assert received_up == [up()]
+    assert received_down == down()
+    client.release()
+    server.release()
+
+
+def test_transfer_with_nothing_configured(stacks: tuple[StackThread, StackThread]) -> None:
+    """The default rule broadcasts; the instance answers; data flows both ways; everything is closed in the end."""
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    near = client.connect(SERVICE)
+    exchange(near, listener.accept(), 20_000_000, 5_000_000)
+    assert_idle(client, server)
+
+
+def test_listener_on_a_prefix_learns_the_exact_service(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = server.listen("0xabcd:16")
+    near = client.connect("0xabcd0123")
+    far = listener.accept()
+    assert far.connection.service_id == parse_service("0xabcd0123").service_id
+    exchange(near, far, 1000, 1000)
+
+
+def test_forward_rule_goes_to_its_address(lab: Lab) -> None:
+    """Two servers offer the service; the client's rule names one of them."""
+    client, first, second = lab.host("client"), lab.host("first"), lab.host("second")
+    lab.switch("switch", {client: "10.1.0.1/24", first: "10.1.0.2/24", second: "10.1.0.3/24"})
+    with StackThread(client) as near, StackThread(first) as left, StackThread(second) as right:
+        listeners = left.listen(SERVICE), right.listen(SERVICE)
+        near.forward(SERVICE, "10.1.0.3")
+        for _ in range(5):
+            stream = near.connect(SERVICE)
+            exchange(stream, listeners[1].accept(), 10, 10)
+        assert listeners[0].waiting() == 0
+
+
+def test_across_a_router(lab: Lab) -> None:
+    client, router, server = lab.host("client"), lab.host("router"), lab.host("server")
+    lab.connect(client, "10.1.0.1/24", router, "10.1.0.254/24")
+    lab.connect(router, "10.2.0.254/24", server, "10.2.0.1/24")
+    router.forward()
+    client.add_route("10.2.0.0/24", "10.1.0.254")
+    server.add_route("10.1.0.0/24", "10.2.0.254")
+    with StackThread(client) as near, StackThread(server) as far:
+        listener = far.listen(SERVICE)
+        stream = near.connect(SERVICE, destination="10.2.0.1")
+        exchange(stream, listener.accept(), 3_000_000, 3_000_000)
+
+
+def test_client_and_server_on_one_stack(lab: Lab) -> None:
+    host = lab.host("alone")
+    with StackThread(host) as stack:
+        listener = stack.listen(SERVICE)
+        near = stack.connect(SERVICE)
+        exchange(near, listener.accept(), 5_000_000, 5_000_000)
+        assert_idle(stack)
+    assert_no_traces(host)
+
+
+def test_half_close_leaves_the_other_direction_open(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    near = client.connect(SERVICE)
+    far = listener.accept()
+    question = near.send_random(10)
+    assert far.receive_all() == question
+    wait_for(lambda: client.flows()[0]["state"] == "FINWAIT2", "the SAL closed one direction")
+    answer = send_in_background(far, 3_000_000)
+    assert near.receive_all() == answer()
+    near.release()
+    far.release()
+    assert_idle(client, server)
+
+
+@pytest.mark.parametrize("aborting", ["client", "server"])
+def test_abort_reaches_the_other_end_as_a_reset(stacks: tuple[StackThread, StackThread], aborting: str) -> None:
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    ends = {"client": client.connect(SERVICE), "server": listener.accept()}
+    other = ends["server" if aborting == "client" else "client"]
+    ends[aborting].abort()
+    with pytest.raises(ConnectionResetError):
+        other.socket.recv(1)
+    assert other.ended.get(timeout=10) == errno.ECONNRESET
+    other.release()
+    assert_idle(client, server)
+
+
+def test_close_with_unread_data_is_a_reset(stacks: tuple[StackThread, StackThread]) -> None:
+    """The kernel's own RST leaves and the SAL's follows."""
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    near, far = client.connect(SERVICE), listener.accept()
+    near.socket.sendall(b"never read")
+    wait_for(lambda: far.connection.counters().packets_in > 0, "the data arrived")
+    far.abort()
+    with pytest.raises(ConnectionResetError):
+        while near.socket.recv(10):
+            pass
+    near.release()
+    assert_idle(client, server)
+
+
+def test_unknown_service_fails_after_the_timeout(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    with pytest.raises(OSError) as caught:
+        client.connect("99")
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert server.counters()["dropped_no_listener"] > 1
+    assert_idle(client, server)
+
+
+def test_no_rule_and_drop_rule_fail_at_once(wire: tuple[Host, Host]) -> None:
+    with StackThread(wire[0], broadcast=False) as client:
+        with pytest.raises(OSError) as caught:
+            client.connect(SERVICE)
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+        client.call(lambda: client.stack.table.add(Rule.drop(parse_service(SERVICE))))
+        with pytest.raises(OSError) as caught:
+            client.connect(SERVICE)
+        assert caught.value.errno == errno.EHOSTUNREACH
+
+
+def test_service_that_appears_while_connecting(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    outcome = client.begin_connect(SERVICE)
+    wait_for(lambda: server.counters().get("dropped_no_listener", 0) > 0, "the first SYN came too early")
+    listener = server.listen(SERVICE)
+    near = outcome.get(timeout=10)
+    assert isinstance(near, Stream)
+    exchange(near, listener.accept(), 100, 100)
+
+
+def test_interface_that_appears_later_is_used(lab: Lab) -> None:
+    client, server = lab.host("client"), lab.host("server")
+    with StackThread(client) as near, StackThread(server) as far:
+        listener = far.listen(SERVICE)
+        near.forward(SERVICE, "10.1.0.2")
+        outcome = near.begin_connect(SERVICE)
+        lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24")
+        stream = outcome.get(timeout=15)
+        assert isinstance(stream, Stream)
+        exchange(stream, listener.accept(), 1_000_000, 1_000_000)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_transfer_over_a_bad_wire(lab: Lab, seed: int) -> None:
+    """Loss, duplication and reordering of control and data packets alike."""
+    client, server = lab.host("client"), lab.host("server")
+    faults = Faults(drop=0.05, duplicate=0.05, reorder=0.05, protocol=144)
+    with (
+        FaultyWire(
+            lab, client, "10.1.0.1/24", server, "10.1.0.2/24", seed=seed, left_to_right=faults, right_to_left=faults
+        ) as wire,
+        StackThread(client) as near,
+        StackThread(server) as far,
+    ):
+        listener = far.listen(SERVICE)
+        for _ in range(3):
+            stream = near.connect(SERVICE)
+            exchange(stream, listener.accept(), 300_000, 300_000)
+        assert_idle(near, far)
+        assert wire.left_to_right.dropped > 0
+
+
+def test_data_that_overtakes_the_handshake_is_not_lost(lab: Lab) -> None:
+    """The handshake ACK is dropped, so the first data completes the handshake; nothing waits for a retransmission timeout."""
+    client, server = lab.host("client"), lab.host("server")
+    lost_ack = Faults(drop_exactly=frozenset({1}), protocol=144)  # 0 is the SYN
+    with (
+        FaultyWire(lab, client, "10.1.0.1/24", server, "10.1.0.2/24", seed=0, left_to_right=lost_ack),
+        StackThread(client) as near,
+        StackThread(server) as far,
+    ):
+        listener = far.listen(SERVICE)
+        stream = near.connect(SERVICE)
+        sent = stream.send_random(500)
+        accepted = listener.accept()
+        assert accepted.receive_all() == sent
+        accepted.socket.close()
+        stream.release()
+        near_tcp = near.counters()
+        assert near_tcp["dataplane_drop_out_not_a_flow"] == 0
+
+
+@pytest.mark.parametrize("mtu", [1280, 1500, 9000])
+def test_nothing_above_the_mtu_leaves(lab: Lab, mtu: int) -> None:
+    client, server = lab.host("client"), lab.host("server")
+    names = lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24", mtu=mtu)
+    with (
+        StackThread(client) as near,
+        StackThread(server) as far,
+        WireCounter(client, names[0], 144, longer_than_bytes=mtu) as oversize,
+        WireCounter(client, names[0], 144, longer_than_bytes=mtu - 20) as full,
+    ):
+        listener = far.listen(SERVICE)
+        stream = near.connect(SERVICE)
+        exchange(stream, listener.accept(), 5_000_000, 5_000_000)
+        assert oversize.count() == 0
+        assert full.count() > 500
+
+
+def test_many_connections_leave_nothing(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    gc.collect()  # sockets of earlier tests
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        near = client.connect(SERVICE)
+        exchange(near, listener.accept(), 100, 100)
+    outcomes = [client.begin_connect(SERVICE) for _ in range(100)]
+    streams = [outcome.get(timeout=20) for outcome in outcomes]
+    for stream in streams:
+        assert isinstance(stream, Stream)
+        stream.abort()
+    for _ in range(100):
+        listener.accept().release()
+    assert_idle(client, server)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_second_stack_in_a_namespace_is_refused(wire: tuple[Host, Host]) -> None:
+    with StackThread(wire[0]), pytest.raises(StackBusy, match=str(os.getpid())), StackThread(wire[0]):
+        pass
+
+
+CRASHING = """
+import asyncio, sys
+from serval_core.names import parse_service
+from serval_core.stack import ServalStack
+
+async def main():
+    stack = await ServalStack.start()
+    stack.listen(parse_service("76568"), lambda connection: None)
+    print("ready", flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+def test_start_after_a_crash_removes_what_was_left(wire: tuple[Host, Host]) -> None:
+    client, server = wire
+    crashing = server.popen([sys.executable, "-c", CRASHING], stdout=subprocess.PIPE)
+    assert crashing.stdout is not None
+    assert crashing.stdout.readline() == "ready\n"
+    os.kill(crashing.pid, signal.SIGKILL)
+    crashing.wait()
+    assert "serval0" in server.run(["ip", "-o", "link"]).stdout
+    with StackThread(client) as near, StackThread(server) as far:
+        listener = far.listen(SERVICE)
+        stream = near.connect(SERVICE)
+        exchange(stream, listener.accept(), 1000, 1000)
+    assert_no_traces(server)
+
+
+def test_without_privilege_the_refusal_says_what_to_do(wire: tuple[Host, Host]) -> None:
+    """Root without CAP_NET_ADMIN, as in an unprivileged container."""
+    setpriv = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
+    result = wire[0].run([*setpriv, sys.executable, "-c", CRASHING], check=False)
+    assert KernelRefused.__name__ in result.stderr
+    assert "CAP_NET_ADMIN" in result.stderr
+    assert_no_traces(wire[0])
