@@ -68,7 +68,7 @@ class ActiveOpen:
         if not flow.ways:
             self._repeat_syn(flow, now)
 
-    def receive(
+    def receive(  # noqa: PLR0917
         self, flow: Flow, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
     ) -> None:
         """Process a packet for a flow in REQUEST. Raises TheirMistake."""
@@ -118,7 +118,10 @@ class ActiveOpen:
         self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
 
     def _find_ways(self, flow: Flow) -> bool:
-        """Choose where the next SYN goes. If nowhere, and that is not only for want of a path, set the errno."""
+        """Choose where the next SYN goes; whether there is a way.
+
+        Sets the errno if there is none for another reason than a missing path.
+        """
         flow.ways = ()
         if flow.advisory_address:
             flow.ways = self._ways_to((flow.advisory_address,))
@@ -177,6 +180,7 @@ class ActiveOpen:
         if flow.ways:
             if flow.errno != ETIMEDOUT:  # the first SYN that has somewhere to go
                 flow.first_sent_at = now
+                flow.retransmissions = 0
             last = flow.ways[-1].destination
             flow.errno = ETIMEDOUT
             flow.failure = f"no answer to the SYNs, the last of them to {format_address(last)}"

@@ -8,10 +8,17 @@ the transport is not taken down before `release`, since its socket may hold byte
 
 from __future__ import annotations
 
-from errno import ECONNABORTED, ECONNRESET, EPIPE, ETIMEDOUT
+from errno import ECONNRESET, EPIPE, ETIMEDOUT
 
 from serval_core.core import Core
-from serval_core.effects import CloseTransport, EndOfStream, InjectSegment, OpenTransport, ResetTransport, SendPacket
+from serval_core.effects import (
+    CloseTransport,
+    EndOfStream,
+    InjectSegment,
+    OpenTransport,
+    ResetTransport,
+    SendPacket,
+)
 from serval_core.errors import TheirMistake
 from serval_core.flow import Flow, TimeWait
 from serval_core.handshake import transport_parameters
@@ -19,20 +26,9 @@ from serval_core.names import after, before
 from serval_core.reset import resets_flow
 from serval_core.retransmission import backed_off_s
 from serval_core.states import Action, Event, State
-from serval_core.wire import ipv4
+from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import (
-    ACK,
-    FIN,
-    PROTOCOL_SAL,
-    PROTOCOL_TCP,
-    RST,
-    RSYN,
-    SYN,
-    Control,
-    SalPacket,
-    emit_control,
-)
+from serval_core.wire.sal import ACK, FIN, PROTOCOL_TCP, RST, RSYN, SYN, Control, SalPacket
 
 _SERIAL_MASK = 0xFFFFFFFF
 
@@ -91,6 +87,8 @@ class Close:
             # Data that was on its way up while the transport was being opened.
             if sal.protocol != PROTOCOL_TCP:
                 raise TheirMistake("not_tcp")
+            if len(sal.transport) < tcp_segment.HEADER_BYTES:
+                raise TheirMistake(tcp_segment.TRUNCATED)
             self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
             return
         flags = control.flags
@@ -115,8 +113,8 @@ class Close:
             raise TheirMistake("version_gap")
         if flags & SYN:
             raise TheirMistake("unexpected_syn")
-        if flags & (ACK | FIN):
-            self._acknowledge(flow, control.ackno, now)
+        if flags & (ACK | FIN) and not self._acknowledge(flow, control.ackno, now) and not flags & FIN:
+            raise TheirMistake("wrong_ackno")
         if flags & FIN:
             flow.receive_next = control.verno + 1 & _SERIAL_MASK
             self._core.step(flow, Event.FIN_RECEIVED, now)
@@ -139,18 +137,22 @@ class Close:
             raise TheirMistake("wrong_verno")
         self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
 
-    def _acknowledge(self, flow: Flow, ackno: int, now: float) -> None:
-        """Take an acknowledgement. A FIN's counts even without ACK flag: `ackno` is always filled in, and the
-        ACK that it repeats may have been the peer's last one.
+    def _acknowledge(self, flow: Flow, ackno: int, now: float) -> bool:
+        """Take an acknowledgement; whether it is acceptable.
+
+        A FIN's counts even without ACK flag: `ackno` is always filled in, and the ACK of our own FIN may have
+        been lost, never to be repeated. If it is outdated the FIN stands all the same: a prototype repeats
+        the FIN's first bytes for ever.
         """
         if before(ackno, flow.send_unacknowledged) or after(ackno, flow.send_next):
-            raise TheirMistake("wrong_ackno")
+            return False
         flow.send_unacknowledged = ackno
         if flow.fin_verno is not None and after(ackno, flow.fin_verno):
             if flow.retransmissions == 0:
                 self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
             flow.fin_verno = None
             self._core.step(flow, Event.FIN_ACKNOWLEDGED, now)
+        return True
 
     def _reset_received(self, flow: Flow, control: Control, now: float) -> None:
         if not resets_flow(flow, control, self._core.settings.version_gap_limit):
@@ -205,7 +207,7 @@ class Close:
             self._core.step(flow, Event.GAVE_UP, now)
 
     def _send_ack(self, flow: Flow, now: float) -> None:
-        self._core.send_control(flow, ACK, flow.send_next)
+        flow.last_acknowledgement = self._core.send_control(flow, ACK, flow.send_next)
 
     def _send_reset(self, flow: Flow, now: float) -> None:
         self._core.send_control(flow, RST | ACK, flow.send_next)
@@ -236,19 +238,8 @@ class Close:
         self._close_transport(flow, now)
         self._core.end_flow(flow, now)
         if flow.state is State.TIMEWAIT:
-            acknowledgement = ipv4.emit(
-                flow.local_address,
-                flow.peer_address,
-                PROTOCOL_SAL,
-                emit_control(
-                    flow.flow_id,
-                    flow.peer_flow_id,
-                    PROTOCOL_TCP,
-                    ACK,
-                    flow.send_next,
-                    flow.receive_next,
-                    flow.local_nonce,
-                ),
+            # The last ACK that was sent acknowledged the peer's FIN, and nothing changes any more.
+            record = TimeWait(
+                flow.peer_nonce, flow.last_acknowledgement, flow.peer_address, flow.interface_index
             )
-            record = TimeWait(flow.peer_nonce, acknowledgement, flow.peer_address, flow.interface_index)
             self._core.flows.keep_in_time_wait(flow.flow_id, record, now)

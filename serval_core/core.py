@@ -94,7 +94,7 @@ class Core:
         """Count a packet that is not processed any further."""
         self.counters[f"dropped_{reason}"] += 1
 
-    def send_control(
+    def send_control(  # noqa: PLR0917
         self,
         flow: Flow,
         flags: int,
@@ -126,25 +126,29 @@ class Core:
 
     def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the flow's retransmission timer, in place of the one that may be running."""
-        self.timers.cancel(flow.retransmission_timer)
+        if flow.retransmission_timer != NO_TIMER:
+            self.timers.cancel(flow.retransmission_timer)
         flow.retransmission_timer = self.timers.start(deadline, callback, flow)
 
     def stop_retransmission(self, flow: Flow, now: float) -> None:
         """The flow waits for no acknowledgement of a control packet."""
-        self.timers.cancel(flow.retransmission_timer)
-        flow.retransmission_timer = NO_TIMER
+        if flow.retransmission_timer != NO_TIMER:
+            self.timers.cancel(flow.retransmission_timer)
+            flow.retransmission_timer = NO_TIMER
         flow.retransmissions = 0
 
     def restart_lifetime(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the timer that bounds the flow's present state, in place of the one that may be running."""
-        self.timers.cancel(flow.lifetime_timer)
+        if flow.lifetime_timer != NO_TIMER:
+            self.timers.cancel(flow.lifetime_timer)
         flow.lifetime_timer = self.timers.start(deadline, callback, flow)
 
     def stop_timers(self, flow: Flow, now: float) -> None:
         """Nothing is going to happen to the flow by itself."""
         self.stop_retransmission(flow, now)
-        self.timers.cancel(flow.lifetime_timer)
-        flow.lifetime_timer = NO_TIMER
+        if flow.lifetime_timer != NO_TIMER:
+            self.timers.cancel(flow.lifetime_timer)
+            flow.lifetime_timer = NO_TIMER
 
     def leave_backlog(self, flow: Flow) -> None:
         """The flow does not count against its listener's backlog any more."""

@@ -55,6 +55,7 @@ class Flow:
         "initial_sequence",
         "initial_verno",
         "interface_index",
+        "last_acknowledgement",
         "lifetime_timer",
         "listener",
         "local_address",
@@ -101,6 +102,7 @@ class Flow:
         self.peer_flow_id = FlowID(0)
         self.peer_nonce = b""
         self.fin_verno: int | None = None
+        self.last_acknowledgement = b""
 
         # Where the two ends are.
         self.local_address = 0
@@ -123,7 +125,7 @@ class Flow:
         self.retransmission_timer = NO_TIMER
         self.lifetime_timer = NO_TIMER
 
-        # What the application knows and did.
+        # What the application did, and what it is told in the end.
         self.released = False
         self.errno = 0
         self.failure = ""

@@ -41,8 +41,17 @@ def mss_to_offer(mtu_bytes: int, cap_bytes: int) -> int:
     return mss_bytes if low_byte > 5 else mss_bytes - low_byte - 1
 
 
+def mss_to_send(flow: Flow) -> int:
+    """The largest payload that we send: what the path carries and the peer takes."""
+    peer_mss_bytes = MSS_WITHOUT_OPTION_BYTES if flow.options.mss is None else flow.options.mss
+    wanted_bytes = min(flow.offered_mss_bytes, peer_mss_bytes, mss_for_path(flow.mtu_bytes))
+    return max(wanted_bytes, MSS_MIN_BYTES)
+
+
 def timestamp_value(flow: Flow, now: float) -> int:
-    """TSval of a segment sent now: milliseconds from a random start, lowest bit 0 (effects.TransportParameters)."""
+    """TSval of a segment sent now: milliseconds from a random start. The lowest bit is 0, because the kernel
+    takes it for a sign that timestamps count microseconds.
+    """
     return int(now * 1000) + flow.timestamp_offset & 0xFFFFFFFE
 
 
@@ -71,9 +80,7 @@ def syn_ack_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment
     )
     window = min(settings.receive_window_bytes, _WINDOW_MAX)
     acknowledgement = flow.peer_initial_sequence + 1 & _SERIAL_MASK
-    return TcpSegment(
-        0, 0, flow.initial_sequence, acknowledgement, SYN | ACK, window, 0, options, b""
-    )
+    return TcpSegment(0, 0, flow.initial_sequence, acknowledgement, SYN | ACK, window, 0, options, b"")
 
 
 def ack_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment:
@@ -128,23 +135,20 @@ def scaled_window(flow: Flow, segment: TcpSegment) -> int:
 def window_without_segment(flow: Flow) -> int:
     """The peer's window in bytes when a SAL ACK without TCP part completes the handshake.
 
-    It is not told then, so that of the SYN stands, which is 0 in a prototype's. Four segments are what such a peer starts with
-    (SPEC 4.4); the first acknowledgement corrects it.
+    It is not told then, so that of the SYN stands, which is 0 in a prototype's. Four segments are what such a
+    peer starts with (SPEC 4.4); its first acknowledgement of data corrects it.
     """
-    return flow.peer_window_bytes or 4 * min(flow.options.mss or MSS_WITHOUT_OPTION_BYTES, mss_for_path(flow.mtu_bytes))
+    return flow.peer_window_bytes or 4 * mss_to_send(flow)
 
 
 def transport_parameters(flow: Flow, settings: SalSettings, now: float) -> TransportParameters:
     """What the kernel socket must know, once `flow.options` holds what the peer's SYN or SYN-ACK said."""
     options = flow.options
-    peer_mss_bytes = MSS_WITHOUT_OPTION_BYTES if options.mss is None else options.mss
     scales = options.window_scale is not None
     return TransportParameters(
         send_next=flow.initial_sequence + 1 & _SERIAL_MASK,
         receive_next=flow.peer_initial_sequence + 1 & _SERIAL_MASK,
-        mss_bytes=max(
-            min(flow.offered_mss_bytes, peer_mss_bytes, mss_for_path(flow.mtu_bytes)), MSS_MIN_BYTES
-        ),
+        mss_bytes=mss_to_send(flow),
         send_window_scale=options.window_scale if options.window_scale is not None else _NO_SCALING,
         receive_window_scale=settings.window_scale if scales else _NO_SCALING,
         sack=settings.sack and options.sack_permitted,

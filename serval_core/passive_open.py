@@ -6,6 +6,8 @@ that the client has it: its ACK, a bare SAL ACK (what a prototype answers to a r
 
 from __future__ import annotations
 
+from errno import ECONNABORTED
+
 from serval_core import handshake
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
@@ -64,6 +66,7 @@ class PassiveOpen:
         for flow in list(self._core.flows.by_syn.values()):
             if flow.listener is listener and (flow.state is State.RESPOND or flow.waits_in_backlog):
                 flow.released = True
+                flow.errno = ECONNABORTED
                 self._core.step(flow, Event.ABORT, now)
 
     def syn_received(
@@ -144,20 +147,21 @@ class PassiveOpen:
             raise TheirMistake("wrong_ackno")
         if control.verno != flow.receive_next:
             raise TheirMistake("wrong_verno")
+        window_bytes = handshake.window_without_segment(flow)
         if sal.transport:
             segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
             if not handshake.first_segment_is_acceptable(flow, segment, 1):
                 raise TheirMistake("handshake_segment")
-            flow.peer_window_bytes = handshake.scaled_window(flow, segment)
-        else:
-            flow.peer_window_bytes = handshake.window_without_segment(flow)
+            window_bytes = handshake.scaled_window(flow, segment)
         if ip.source != flow.peer_address:
             # The nonce vouches for it, and the prototype goes by the address of the ACK as well.
-            path = self._path_back(ip.source, flow.interface_index, True)
+            path = self._path_back(ip.source, flow.interface_index, False)
             flow.peer_address = ip.source
             flow.interface_index = path.interface_index
             flow.mtu_bytes = path.mtu_bytes
-        self._complete(flow, now)
+        if flow.retransmissions == 0:
+            self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
+        self._complete(flow, window_bytes, now)
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Data that overtook the handshake ACK, or came in its place."""
@@ -170,13 +174,11 @@ class PassiveOpen:
         window_bytes = self._core.settings.receive_window_bytes
         if not handshake.first_segment_is_acceptable(flow, segment, window_bytes):
             raise TheirMistake("handshake_segment")
-        flow.peer_window_bytes = handshake.scaled_window(flow, segment)
-        self._complete(flow, now)
+        self._complete(flow, handshake.scaled_window(flow, segment), now)
         self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
 
-    def _complete(self, flow: Flow, now: float) -> None:
-        if flow.retransmissions == 0:
-            self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
+    def _complete(self, flow: Flow, peer_window_bytes: int, now: float) -> None:
+        flow.peer_window_bytes = peer_window_bytes
         flow.send_unacknowledged = flow.send_next
         self._core.step(flow, Event.HANDSHAKE_COMPLETED, now)
 
@@ -190,7 +192,7 @@ class PassiveOpen:
         self._core.step(flow, Event.SYN_RECEIVED, now)
 
     def _path_back(self, peer_address: int, interface_index: int, unproven: bool) -> Path:
-        """The path to a peer. An `unproven` address did not come from an IP header that the kernel let pass."""
+        """The path to a peer. `unproven`: the address is not the source that the kernel has let pass."""
         paths = self._core.paths
         if not is_unicast(peer_address) or (
             unproven and any(each.broadcast_address == peer_address for each in paths.interfaces())

@@ -54,7 +54,5 @@ def answer_with_reset(ip: IPv4Packet, sal: SalPacket) -> bytes:
             taken = (control.flags & SYN != 0) + (control.flags & FIN != 0)
             ackno = control.verno + taken & 0xFFFFFFFF
     nonce = _NO_NONCE if control is None else control.nonce
-    payload = emit_control(
-        sal.dst_flow_id, sal.src_flow_id, sal.protocol, flags, verno, ackno, nonce
-    )
+    payload = emit_control(sal.dst_flow_id, sal.src_flow_id, sal.protocol, flags, verno, ackno, nonce)
     return ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, payload)

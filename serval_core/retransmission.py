@@ -1,7 +1,8 @@
 """How long do we wait for an answer before we say it again?
 
-The estimator of SPEC 3.3 (Jacobson and Karn, with the refinements of Linux), and a bounded memory of estimates per
-destination, so that the first SYN to a known host already waits the right time. All times are seconds.
+The estimator of SPEC 3.3 (Jacobson and Karn, with the refinements of Linux), and a bounded memory of
+estimates per destination, so that the first SYN to a known host already waits the right time. All times are
+seconds.
 """
 
 from __future__ import annotations
@@ -14,30 +15,29 @@ DESTINATIONS_LIMIT = 4096
 class RoundTripEstimator:
     """Smoothed round-trip time and the timeout that follows from it.
 
-    Feed it only with packets that were sent once (Karn): the answer to a repeated one may belong to any of its copies.
+    Feed it only with packets that were sent once (Karn): the answer to a repeated one may belong to any of
+    its copies.
     """
 
-    __slots__ = ("_deviation_s", "_margin_s", "_peak_deviation_s", "smoothed_s")
+    __slots__ = ("_deviation_s", "_margin_s", "smoothed_s")
 
     def __init__(self, first_sample_s: float) -> None:
         self.smoothed_s = first_sample_s
         self._deviation_s = first_sample_s / 2
-        self._peak_deviation_s = self._margin_s = max(4 * self._deviation_s, TIMEOUT_MIN_S)
+        self._margin_s = max(4 * self._deviation_s, TIMEOUT_MIN_S)
 
     def sample(self, round_trip_s: float) -> None:
         """Take one more measurement into account."""
         error_s = round_trip_s - self.smoothed_s
         self.smoothed_s += error_s / 8
         growth_s = abs(error_s) - self._deviation_s
-        # A round trip that got much shorter says nothing about the next one being late: let it weigh an eighth of what it
-        # otherwise would, or a faster path would lengthen the timeout.
+        # A round trip that is much shorter says nothing about the next one being late: it counts an eighth of
+        # what it otherwise would, or a faster path would lengthen the timeout.
         self._deviation_s += growth_s / 32 if error_s < 0 < growth_s else growth_s / 4
-        # The margin follows the worst deviation at once and comes down slowly.
-        self._peak_deviation_s = max(4 * self._deviation_s, TIMEOUT_MIN_S)
-        if self._peak_deviation_s > self._margin_s:
-            self._margin_s = self._peak_deviation_s
-        else:
-            self._margin_s -= (self._margin_s - self._peak_deviation_s) / 4
+        # The margin follows a growing deviation at once and comes down slowly.
+        wanted_s = max(4 * self._deviation_s, TIMEOUT_MIN_S)
+        shrinkage_s = max(self._margin_s - wanted_s, 0) * 3 / 4
+        self._margin_s = wanted_s + shrinkage_s
 
     @property
     def timeout_s(self) -> float:
@@ -46,7 +46,7 @@ class RoundTripEstimator:
 
 
 class RoundTrips:
-    """What we know about the round-trip times to hosts. Remembers the DESTINATIONS_LIMIT most recently found ones."""
+    """What we know about the round-trip times to hosts: the last DESTINATIONS_LIMIT that became known."""
 
     __slots__ = ("_estimators",)
 

@@ -27,7 +27,7 @@ from serval_core.service_table import ServiceTable
 from serval_core.states import State
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, RST, SYN, SalPacket, parse
+from serval_core.wire.sal import RST, SYN, SalPacket, parse
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
 
@@ -48,8 +48,8 @@ class ServiceAccessLayer:
         self._close = Close(self._core)
         self._core.prepare_steps()
         self.counters = self._core.counters
-        """How often what happened since the start. `dropped_REASON` are packets that had no other effect than,
-        at most, being answered with an acknowledgement or an RST.
+        """How often what happened since the start. `dropped_REASON` counts packets that had no effect but, at
+        most, an acknowledgement or an RST in answer.
         """
 
     def listen(self, prefix: ServicePrefix, backlog: int, now: float) -> int:

@@ -1,16 +1,19 @@
-"""What can be chosen about the service access layer? Its settings, with the defaults and where they come from."""
+"""What can be chosen about the service access layer? Its settings, the defaults, and their sources."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from serval_core.errors import OurMistake
+from serval_core.wire.tcp_segment import MAX_WINDOW_SCALE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SalSettings:
     """Times in seconds, sizes in bytes, counts as counts.
 
-    The prototype waits 3 s before it repeats a SYN and retransmits FINs for 23 minutes (SPEC 3.3). Ours begins earlier,
-    which is harmless to it: a repeated SYN is answered with the same SYN-ACK.
+    The prototype waits 3 s before it repeats a SYN (SPEC 3.3). We begin earlier, which is harmless to it: it
+    answers a repeated SYN with the same SYN-ACK. OurMistake when a value makes no sense.
     """
 
     syn_initial_timeout_s: float = 0.2  # towards a destination whose round-trip time is unknown
@@ -27,7 +30,9 @@ class SalSettings:
     released_retransmissions: int = 8  # nobody waits for the outcome any more
     version_gap_limit: int = 256  # how far a version number may run ahead (SPEC 11.1, quirk 7)
 
-    release_timeout_s: float = 120.0  # released, and the peer's TCP does not acknowledge our last bytes
+    # Released, but the peer's TCP has not acknowledged our last bytes. A peer may read slowly, and one that is
+    # gone makes the kernel's TCP give up much sooner: this only bounds what a broken data plane can hold.
+    release_timeout_s: float = 3600.0
     fin_wait2_s: float = 60.0  # SPEC 3.8
     time_wait_s: float = 60.0
     time_wait_limit: int = 65536  # the oldest goes first
@@ -37,3 +42,11 @@ class SalSettings:
     sack: bool = True
     timestamps: bool = True
     mss_cap: int = 32767
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 0 or (field.name.endswith("_s") and value == 0):
+                raise OurMistake(f"{field.name} cannot be {value}")
+        if self.window_scale > MAX_WINDOW_SCALE:
+            raise OurMistake(f"window_scale is at most {MAX_WINDOW_SCALE}, not {self.window_scale}")

@@ -2,18 +2,18 @@
 
 Rules of this file:
 
-1. `CONNECTION` is the whole truth: (state, event) -> (next state, actions). Nothing else in serval_core assigns a state.
-2. A pair that is not in the table cannot happen. `next_step` raises ImpossibleEvent, which names both; there is no default.
-   An event that may come and changes nothing has a row with no action.
-3. Whether an event has happened (nonce, version number, acknowledgement, which timer) is decided before the table is asked.
-   The table never looks at a packet.
-4. The new state holds before the first action runs. Actions run in the order given; what they do is written where they are
-   carried out: active_open, passive_open and close.
-5. Not states: whether the application has released the flow (it only decides when the transport may be taken down), and a
-   migration under way (orthogonal, SPEC 5).
+1. `CONNECTION` is the whole truth: (state, event) -> (next state, actions). Nothing else assigns a state.
+2. A pair that is not in the table cannot happen: it raises ImpossibleEvent, which names both. There is no
+   default. An event that may come and changes nothing has a row with no action.
+3. Whether an event has happened (nonce, version number, acknowledgement, which timer) is decided before the
+   table is asked. The table never looks at a packet.
+4. The new state holds before the first action runs. Actions run in the order given; what they do is written
+   where they are carried out: active_open, passive_open and close.
+5. Not states: whether the application has released the flow (that only decides when the transport may be
+   taken down), and a migration under way (orthogonal, SPEC 5).
 
 The states are those of SPEC 3.1, with its numbers. Listeners have no state: they exist or they do not.
-`python -m serval_core.states` prints the diagram for ARCHITECTURE.md.
+`python -m serval_core.states` prints what ARCHITECTURE.md shows.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ CONNECTION: dict[tuple[State, Event], Step] = {
         State.CONNECTED, (Action.OPEN_TRANSPORT, Action.REPORT_ACCEPTED)
     ),
     (State.RESPOND, Event.RESET_RECEIVED): _EXPIRED,
-    (State.RESPOND, Event.GAVE_UP): Step(
-        State.CLOSED, (Action.TELL_EXPIRED, Action.FORGET_HALF_OPEN)
-    ),
+    (State.RESPOND, Event.GAVE_UP): Step(State.CLOSED, (Action.TELL_EXPIRED, Action.FORGET_HALF_OPEN)),
     (State.RESPOND, Event.ABORT): _EXPIRED,
     # Both directions are open.
     (State.CONNECTED, Event.SYN_ACK_RECEIVED): Step(State.CONNECTED, (Action.SEND_HANDSHAKE_ACK,)),
@@ -170,7 +168,7 @@ CONNECTION: dict[tuple[State, Event], Step] = {
     (State.FINWAIT2, Event.GAVE_UP): Step(State.CLOSED, (Action.CLOSE_TRANSPORT, Action.END_FLOW)),
     (State.FINWAIT2, Event.RESET_RECEIVED): _RESET_BY_PEER,
     (State.FINWAIT2, Event.ABORT): _ABORTED,
-    # Both FINs are out, the peer does not have ours. It closed at the same time as we did (CLOSING) or before (LASTACK).
+    # Both FINs are out, the peer does not have ours. It closed when we did (CLOSING) or before (LASTACK).
     (State.CLOSING, Event.FIN_ACKNOWLEDGED): Step(
         State.TIMEWAIT, (Action.STOP_RETRANSMISSION, Action.FINISH_WHEN_RELEASED)
     ),
@@ -191,8 +189,8 @@ CONNECTION: dict[tuple[State, Event], Step] = {
     (State.LASTACK, Event.GAVE_UP): _TIRED_OF_PEER,
     (State.LASTACK, Event.RESET_RECEIVED): _RESET_BY_PEER,
     (State.LASTACK, Event.ABORT): _ABORTED,
-    # Both FINs are out and acknowledged. A flow that the application has not released yet waits here for that: its socket
-    # may hold bytes to be read.
+    # Both FINs are out and acknowledged. A flow that the application has not released waits here for that,
+    # since its socket may hold bytes to be read.
     (State.TIMEWAIT, Event.FIN_RECEIVED): Step(State.TIMEWAIT, (Action.SEND_ACK,)),
     (State.TIMEWAIT, Event.TCP_FIN_ACKNOWLEDGED): Step(State.TIMEWAIT),
     (State.TIMEWAIT, Event.RESET_RECEIVED): Step(State.TIMEWAIT),
@@ -205,14 +203,6 @@ CONNECTION: dict[tuple[State, Event], Step] = {
     (State.CLOSED, Event.RELEASE): Step(State.CLOSED, (Action.FINISH_WHEN_RELEASED,)),
     (State.CLOSED, Event.ABORT): Step(State.CLOSED, (Action.FINISH_WHEN_RELEASED,)),
 }
-
-
-def next_step(state: State, event: Event) -> Step:
-    """The row of the table. Raises ImpossibleEvent when there is none."""
-    step = CONNECTION.get((state, event))
-    if step is None:
-        raise ImpossibleEvent(state, event)
-    return step
 
 
 def as_mermaid() -> str:

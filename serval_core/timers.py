@@ -1,7 +1,7 @@
 """When is something due next? The timers of one stack: a heap of deadlines with lazy deletion.
 
-Most timers are cancelled (their packet is acknowledged), so cancelling costs one dictionary operation and leaves the heap
-alone; dead entries go when they reach the top or outnumber the living.
+Most timers are cancelled (their packet is acknowledged), so cancelling costs one dictionary operation and
+leaves the heap alone; dead entries go when they reach the top or outnumber the living.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ Owner = TypeVar("Owner")
 
 
 class Timers(Generic[Owner]):
-    """Calls back with the owner of each timer whose deadline has passed. Times are seconds of the caller's clock."""
+    """Calls back with the owner of each timer whose deadline has passed. Times are seconds of the caller's
+    clock.
+    """
 
     __slots__ = ("_heap", "_last_handle", "_live")
 
@@ -30,7 +32,10 @@ class Timers(Generic[Owner]):
         return len(self._live)
 
     def start(self, deadline: float, callback: Callable[[Owner, float], None], owner: Owner) -> int:
-        """Have `callback(owner, now)` called at `deadline` or soon after. Returns the handle for `cancel`, never NO_TIMER."""
+        """Have `callback(owner, now)` called at `deadline` or soon after.
+
+        Returns the handle for `cancel`, never NO_TIMER.
+        """
         self._last_handle = handle = self._last_handle + 1
         self._live[handle] = (callback, owner)
         heappush(self._heap, (deadline, handle))

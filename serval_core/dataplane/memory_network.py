@@ -70,7 +70,7 @@ class MemoryPaths:
 
     def path_to(self, address: int, interface_index: int = 0) -> Path | None:
         """See `paths.PathFinder`."""
-        if address == LOOPBACK or address == self.wire.address:
+        if address in (LOOPBACK, self.wire.address):
             interface = self.loopback
         elif self.up:
             interface = self.wire
@@ -164,12 +164,12 @@ class MemoryHost:
             case SendPacket(packet, destination, interface_index):
                 self.network.transmit(self, packet, destination, interface_index)
             case ExpectData(flow_id):
-                assert flow_id not in self.expected and flow_id not in self.transports
+                assert flow_id not in {*self.expected, *self.transports}
                 self.expected.add(flow_id)
             case ForgetExpected(flow_id):
                 self.expected.remove(flow_id)
             case OpenTransport(flow_id):
-                assert flow_id not in self.transports and flow_id not in self.ended
+                assert flow_id not in {*self.transports, *self.ended}
                 self.expected.discard(flow_id)
                 self.transports[flow_id] = ToyTransport(effect, self._transmit_segment, self._clock)
             case InjectSegment(flow_id, segment, source, destination):
@@ -181,8 +181,8 @@ class MemoryHost:
             case CloseTransport(flow_id):
                 self._take_down(flow_id, 0)
             case FlowEnded(flow_id, errno):
-                assert flow_id not in self.ended and flow_id not in self.transports
-                assert flow_id in self.accepted or flow_id in self.connected
+                assert flow_id not in {*self.transports, *self.ended}
+                assert flow_id in {*self.accepted, *self.connected}
                 self.ended[flow_id] = errno
             case Connected(flow_id):
                 self.connected.append(flow_id)
@@ -193,7 +193,7 @@ class MemoryHost:
                 self.sal.accepted_taken(flow_id)
                 self.on_open(self, self.transports[flow_id])
             case ConnectFailed(flow_id):
-                assert flow_id not in self.connected and flow_id not in self.failed
+                assert flow_id not in {*self.connected, *self.failed}
                 self.failed[flow_id] = effect
 
     def _clock(self) -> float:

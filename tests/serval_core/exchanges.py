@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from serval_core.dataplane.memory_network import Faults, MemoryHost, MemoryNetwork
 from serval_core.dataplane.toy_transport import ToyTransport
-from serval_core.names import FlowID, ServicePrefix, parse_address, parse_service
+from serval_core.names import ServicePrefix, parse_address, parse_service
 from serval_core.rules import Rule
 from serval_core.sal import SalSettings
 
@@ -30,7 +30,7 @@ class Exchange:
     reply: bytes = b"reply"
     server_waits: bool = True
     client_waits: bool = False
-    flow_id: FlowID = FlowID(0)
+    flow_id: int = 0
     transports: dict[str, ToyTransport] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -55,9 +55,7 @@ class Exchange:
     def _server_opened(self, host: MemoryHost, transport: ToyTransport) -> None:
         self._opened("server", host, transport, self.reply, self.server_waits)
 
-    def _opened(
-        self, name: str, host: MemoryHost, transport: ToyTransport, text: bytes, waits: bool
-    ) -> None:
+    def _opened(self, name: str, host: MemoryHost, transport: ToyTransport, text: bytes, waits: bool) -> None:
         assert name not in self.transports, f"{name} has a second connection"
         self.transports[name] = transport
         finished = False

@@ -39,7 +39,7 @@ def run_exchange(seed: int, faults: Faults) -> Exchange:
     exchange.client_waits = not exchange.server_waits and random.random() < 0.5
     exchange.start()
     network.run()
-    # An end that waits for a peer that is gone waits for ever, as in TCP, unless its application loses patience.
+    # An end whose peer is gone may wait for ever, as in TCP, unless its application loses patience.
     for host in (client, server):
         for flow_id in list(host.transports):
             host.sal.abort(flow_id, network.now)
