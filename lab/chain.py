@@ -26,14 +26,20 @@ ASK_TIMEOUT_S = 5.0
 
 
 class TranslatorProcess:
-    """A running `serval-translator` on `host`. What it logs goes to `log_path`."""
+    """A running `serval-translator`, or another program with a stack, on `host`. It logs to `log_path`."""
 
-    def __init__(self, host: Host, arguments: Sequence[Argument], log_path: Path) -> None:
+    def __init__(
+        self,
+        host: Host,
+        arguments: Sequence[Argument],
+        log_path: Path,
+        command: Sequence[Argument] = COMMAND,
+    ) -> None:
         self.host = host
         self.log_path = log_path
         with log_path.open("ab") as log:
             self.process: subprocess.Popen[Any] = host.popen(
-                [*COMMAND, *arguments], cwd=PROJECT, stdout=log, stderr=log
+                [*command, *arguments], cwd=PROJECT, stdout=log, stderr=log
             )
 
     def wait_ready(self, ports: Sequence[int] = (), demux_services: int = 0, timeout_s: float = 20.0) -> None:

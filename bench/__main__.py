@@ -1,0 +1,59 @@
+"""`make bench`: which contenders, how long, and where do the results go?"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from bench.machine import facts
+from bench.report import summarize, table, write_json, write_plot
+from bench.run import FULL, QUICK, run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Measure, report; the exit status is 1 when a measurement failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few short rounds: within 3 minutes")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="contenders named like this"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="directory for the JSON and the picture"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    plan = QUICK if arguments.quick else FULL
+    machine = facts()
+    started = time.monotonic()
+    try:
+        with console.status("setting up") as status:
+            results = run(plan, lambda text: status.update(escape(text)), arguments.only)
+    except PermissionError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 1
+    summary = summarize(results)
+    console.print(table(summary))
+    for name, why in results.absent.items():
+        console.print(f"absent: {name}: {why}")
+    for failure, times in Counter(results.failures).items():
+        console.print(f"[red]failed[/] ({times} x): {escape(failure)}")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    stem = arguments.results / time.strftime("%Y%m%d-%H%M%S")
+    write_json(stem.with_suffix(".json"), plan, machine, results, summary)
+    write_plot(stem.with_suffix(".png"), summary)
+    console.print(f"{time.monotonic() - started:.0f} s; written: {stem}.json, {stem}.png")
+    return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

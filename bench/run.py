@@ -1,0 +1,147 @@
+"""In which order is everything measured? Stages of rounds; in each round every contender has its turn."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bench.contenders import CONTENDERS, Contender
+from bench.measures import (
+    IdleMemory,
+    Requests,
+    Throughput,
+    idle_busy_share,
+    idle_memory,
+    latency,
+    short_connections,
+    throughput,
+)
+from bench.topology import ECHO_PORT, STREAM_PORT, WEB_PORT, Topology
+from lab.hosts import CommandFailed, Lab
+from lab.waiting import NeverHappened
+
+SHAPED_RATE = "1gbit"
+FAILURES = (CommandFailed, NeverHappened, RuntimeError, subprocess.TimeoutExpired, OSError)
+
+Sample = Throughput | Requests | IdleMemory
+Measure = Callable[[Contender], Sample]
+
+
+class Plan(NamedTuple):
+    """How much is measured."""
+
+    throughput_rounds: int
+    request_rounds: int
+    shaped_rounds: int
+    seconds: float
+    idle_pairs: int
+    idle_share_s: float
+
+
+QUICK = Plan(
+    throughput_rounds=3, request_rounds=2, shaped_rounds=3, seconds=1.0, idle_pairs=200, idle_share_s=2
+)
+FULL = Plan(
+    throughput_rounds=9, request_rounds=5, shaped_rounds=7, seconds=3.0, idle_pairs=1000, idle_share_s=5
+)
+
+
+class Stage(NamedTuple):
+    """Measures that share a start of each contender. Those that do not serve `port` sit it out."""
+
+    title: str
+    rounds: int
+    port: int
+    measures: dict[str, Measure]
+    shaped: bool = False
+
+
+@dataclass
+class Results:
+    """Samples by measure and contender, one per round (None where it failed), and what went wrong."""
+
+    samples: dict[str, dict[str, list[Sample | None]]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    idle_busy_share: float = 0.0
+
+    def add(self, measure: str, contender: str, sample: Sample | None) -> None:
+        """Append the sample of one more round."""
+        self.samples.setdefault(measure, {}).setdefault(contender, []).append(sample)
+
+
+def stages(plan: Plan, idle_share: float) -> list[Stage]:
+    """The stages of a run."""
+
+    def stream(contender: Contender) -> Throughput:
+        return throughput(contender, plan.seconds, idle_share)
+
+    requests: dict[str, Measure] = {
+        "short_connections": lambda contender: short_connections(contender, plan.seconds),
+        "latency": lambda contender: latency(contender, plan.seconds),
+    }
+    return [
+        Stage("throughput", plan.throughput_rounds, STREAM_PORT, {"throughput": stream}),
+        Stage("requests", plan.request_rounds, WEB_PORT, requests),
+        Stage("idle memory", 1, ECHO_PORT, {"memory": lambda who: idle_memory(who, plan.idle_pairs)}),
+        Stage(f"at {SHAPED_RATE}", plan.shaped_rounds, STREAM_PORT, {"shaped": stream}, shaped=True),
+    ]
+
+
+def run(plan: Plan, progress: Callable[[str], None], only: Sequence[str] = ()) -> Results:
+    """Measure everything; `only` keeps the contenders whose names contain one of its words."""
+    results = Results()
+    with Lab() as lab:
+        topology = Topology(lab)
+        contenders = [kind(topology) for kind in CONTENDERS if _wanted(kind.name, only)]
+        results.absent = {who.name: why for who in contenders if (why := who.absent())}
+        present = [who for who in contenders if who.name not in results.absent]
+        progress("the idle machine")
+        results.idle_busy_share = idle_busy_share(plan.idle_share_s)
+        for stage in stages(plan, results.idle_busy_share):
+            with _shaped(topology, stage.shaped):
+                _run_stage(stage, [who for who in present if stage.port in who.ports], results, progress)
+    return results
+
+
+def _wanted(name: str, only: Sequence[str]) -> bool:
+    return not only or any(word.lower() in name.lower() for word in only)
+
+
+def _run_stage(
+    stage: Stage, contenders: list[Contender], results: Results, progress: Callable[[str], None]
+) -> None:
+    for number in range(stage.rounds):
+        # Whatever drifts during a round favours first or last alike.
+        for contender in contenders if number % 2 == 0 else contenders[::-1]:
+            progress(f"{stage.title}, round {number + 1} of {stage.rounds}: {contender.name}")
+            taken = _measure(stage, contender, results)
+            for measure in stage.measures:
+                results.add(measure, contender.name, taken.get(measure))
+
+
+def _measure(stage: Stage, contender: Contender, results: Results) -> dict[str, Sample]:
+    taken: dict[str, Sample] = {}
+    try:
+        contender.start()
+        for name, measure in stage.measures.items():
+            taken[name] = measure(contender)
+    except FAILURES as error:
+        results.failures.append(f"{stage.title}: {contender.name}: {error}")
+    try:
+        contender.stop()
+    except FAILURES as error:
+        results.failures.append(f"{stage.title}: stopping {contender.name}: {error}")
+    return taken
+
+
+@contextmanager
+def _shaped(topology: Topology, wanted: bool) -> Iterator[None]:
+    if wanted:
+        topology.shape(SHAPED_RATE)
+    yield
+    if wanted:
+        topology.unshape()
