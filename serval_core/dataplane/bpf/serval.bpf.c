@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: (BSD-3-Clause OR GPL-2.0-only)
+/*
+ * The SAL's data plane: kernel TCP segments become data packets of Serval flows, and back. See ARCHITECTURE.md, "Data plane".
+ *
+ *   socket -> serval0 egress [serval_out] -> (segmentation) -> serval1 or sum1 ingress [serval_insert] -> wire
+ *   wire ingress [serval_in] -> serval1 -> serval0 -> socket
+ *   raw socket [serval_control]: what user space gets to see
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "consts.h"
+#include "structs.h"
+#include "maps.h"
+#include "checksum.h"
+
+#define TCP_CHECK_OFFSET (ETHERNET_BYTES + IPV4_BYTES + 16)
+
+/* The flags byte of a TCP header. */
+static __always_inline __u8 tcp_flags(const struct tcphdr *tcp)
+{
+	return ((const __u8 *)tcp)[13];
+}
+
+/* The local flowID that the virtual tuple of a kernel socket spells. */
+static __always_inline __be32 flow_of_tuple(__be32 remote_address, __be16 remote_port)
+{
+	return bpf_htonl(bpf_ntohl(remote_address) << 16 | bpf_ntohs(remote_port));
+}
+
+/*
+ * Egress of serval0: a segment, usually a superpacket, of a kernel socket. Everything that can be done once per superpacket is
+ * done here: addresses, ports, pseudo header. The flowID travels in the mark to serval_insert, which sees one packet per MTU.
+ */
+SEC("tc")
+int serval_out(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETHERNET_BYTES;
+	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+
+	if ((void *)(tcp + 1) > end) {
+		if (bpf_skb_pull_data(skb, ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES))
+			return drop(DROP_OUT_NOT_A_FLOW);
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+		ip = data + ETHERNET_BYTES;
+		tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+		if ((void *)(tcp + 1) > end)
+			return drop(DROP_OUT_NOT_A_FLOW);
+	}
+	if (skb->protocol != bpf_htons(ETH_P_IP) || ip->protocol != IPPROTO_TCP || ip->ihl != 5)
+		return drop(DROP_OUT_NOT_A_FLOW);
+
+	__be32 id = flow_of_tuple(ip->daddr, tcp->dest);
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	if (!flow)
+		return drop(DROP_OUT_NOT_A_FLOW);
+	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
+	if (!state)
+		return drop(DROP_OUT_NOT_A_FLOW);
+
+	__u8 flags = tcp_flags(tcp);
+	if (flags & TCP_FLAG_FIN) {
+		__u32 payload = bpf_ntohs(ip->tot_len) - IPV4_BYTES - tcp->doff * 4;
+
+		/* A superpacket of 64 KiB and more (BIG TCP) has no usable tot_len. */
+		if (!ip->tot_len)
+			payload = skb->len - ETHERNET_BYTES - IPV4_BYTES - tcp->doff * 4;
+		state->fin_end = bpf_ntohl(tcp->seq) + payload + 1;
+		state->fin_sent = 1;
+	}
+	if ((flags & TCP_FLAG_RST) && !state->reset_sent) {
+		state->reset_sent = 1;
+		tell(id, EVENT_RESET_SENT);
+	}
+
+	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
+	__be32 ports = *(__be32 *)tcp;
+	__u32 needs_checksum = flow->flags & FLOW_COMPLETE_CHECKSUM;
+
+	ip->saddr = flow->local_address;
+	ip->daddr = flow->peer_address;
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = 0; /* both ports are 0 inside Serval (SPEC 4.1) */
+	/* The ports are covered by a checksum that is still to be computed over the payload, hence only the addresses count. */
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, ports, 0, 4);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	skb->mark = id;
+	if (needs_checksum)
+		return bpf_redirect(virtual_network.checksum_ifindex, 0);
+	return TC_ACT_OK;
+}
+
+/* Ingress of serval1 and sum1: one packet per MTU, in wire addresses, its flowID in the mark. Insert the SAL header and send it. */
+SEC("tc")
+int serval_insert(struct __sk_buff *skb)
+{
+	__be32 id = skb->mark;
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+
+	if (!flow)
+		return drop(DROP_OUT_NOT_A_FLOW);
+	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
+	if (!state)
+		return drop(DROP_OUT_NOT_A_FLOW);
+	if (bpf_skb_change_head(skb, SAL_HEADER_BYTES, 0))
+		return drop(DROP_OUT_HEADROOM);
+
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	if (data + SAL_HEADER_BYTES + ETHERNET_BYTES + IPV4_BYTES > end)
+		return drop(DROP_OUT_HEADROOM);
+
+	struct iphdr ip = *(struct iphdr *)(data + SAL_HEADER_BYTES + ETHERNET_BYTES);
+	struct ethhdr *ethernet = data;
+	__u32 length = bpf_ntohs(ip.tot_len) + SAL_HEADER_BYTES;
+
+	ip.protocol = IPPROTO_SAL;
+	ip.tot_len = bpf_htons(length);
+	ip.check = 0;
+	ip.check = ipv4_checksum(&ip);
+	__builtin_memset(ethernet->h_dest, 0, sizeof(ethernet->h_dest));
+	ethernet->h_proto = bpf_htons(ETH_P_IP);
+	*(struct iphdr *)(data + ETHERNET_BYTES) = ip;
+	*(struct sal_header *)(data + ETHERNET_BYTES + IPV4_BYTES) = flow->header_out;
+	skb->mark = 0;
+	__sync_fetch_and_add(&state->out.packets, 1);
+	__sync_fetch_and_add(&state->out.bytes, length);
+
+	struct bpf_redir_neigh neighbour = { .nh_family = 2 /* AF_INET */, .ipv4_nh = flow->next_hop };
+	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
+}
+
+/* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */
+SEC("tc")
+int serval_in(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETHERNET_BYTES;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
+		return TC_ACT_UNSPEC;
+	if ((void *)(ip + 1) > end)
+		return TC_ACT_UNSPEC;
+	/* The virtual tuples are ours alone: nobody on a wire may talk to a socket past the SAL. */
+	if (ip->daddr == virtual_network.local_address)
+		return drop(DROP_IN_VIRTUAL_ADDRESS);
+	if (ip->protocol != IPPROTO_SAL || ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
+		return TC_ACT_UNSPEC;
+
+	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES;
+	if (data + needed > end) {
+		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
+			return TC_ACT_UNSPEC;
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+		ip = data + ETHERNET_BYTES;
+		if (data + needed > end)
+			return TC_ACT_UNSPEC;
+	}
+	struct sal_header *sal = data + ETHERNET_BYTES + IPV4_BYTES;
+	if (sal->length_words != SAL_HEADER_WORDS || sal->protocol != IPPROTO_TCP)
+		return TC_ACT_UNSPEC; /* control, or not ours: the raw socket's business */
+
+	__be32 id = sal->destination_flow;
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	if (!flow || (flow->flags & FLOW_EXPECTED))
+		return TC_ACT_UNSPEC;
+	/* All 12 bytes are known in advance, checksum included: anything else is forged or damaged. */
+	if (sal->source_flow != flow->header_in.source_flow || sal->checksum != flow->header_in.checksum)
+		return drop(DROP_IN_WRONG_HEADER);
+	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
+	if (!state)
+		return drop(DROP_IN_WRONG_HEADER);
+
+	__u32 length = bpf_ntohs(ip->tot_len);
+	if (length < IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES)
+		return drop(DROP_IN_TRUNCATED);
+	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES;
+	if (state->fin_sent && !state->fin_acknowledged && bpf_ntohl(tcp->ack_seq) == state->fin_end && tcp->ack) {
+		state->fin_acknowledged = 1;
+		tell(id, EVENT_FIN_ACKNOWLEDGED);
+	}
+	__sync_fetch_and_add(&state->in.packets, 1);
+	__sync_fetch_and_add(&state->in.bytes, length);
+
+	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
+	__be32 local = virtual_network.local_address;
+	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local);
+	/* Network order puts the source port first: the flowID's low half, then our one local port. */
+	__be32 old_ports = *(__be32 *)tcp;
+	__be32 new_ports = bpf_htonl(bpf_ntohl(id) << 16 | bpf_ntohs(virtual_network.local_port));
+
+	if (bpf_skb_adjust_room(skb, -SAL_HEADER_BYTES, BPF_ADJ_ROOM_NET,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
+		return drop(DROP_IN_STRIP_FAILED);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	if (data + ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES > end)
+		return drop(DROP_IN_STRIP_FAILED);
+
+	struct ethhdr *ethernet = data;
+	ip = data + ETHERNET_BYTES;
+	tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+	ip->protocol = IPPROTO_TCP;
+	ip->saddr = remote;
+	ip->daddr = local;
+	ip->tot_len = bpf_htons(length - SAL_HEADER_BYTES);
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = new_ports;
+	/* The MAC address of serval0: dataplane/devices.py gives it. */
+	ethernet->h_dest[0] = 0x02;
+	ethernet->h_dest[1] = 0x53;
+	ethernet->h_dest[2] = 0x41;
+	ethernet->h_dest[3] = 0x4c;
+	ethernet->h_dest[4] = 0;
+	ethernet->h_dest[5] = 0;
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);
+}
+
+/*
+ * Filter of the raw socket (data starts at the IP header): control packets, and data packets only of half-open flows. A flood of
+ * data for unknown flows therefore never reaches user space.
+ */
+SEC("socket")
+int serval_control(struct __sk_buff *skb)
+{
+	__u8 first_byte;
+	__u32 header_bytes;
+	struct sal_header sal;
+
+	if (skb->pkt_type == PACKET_LOOPBACK)
+		return 0; /* the copy of our own broadcast; a listener of this stack is found by its DEMUX rule */
+	if (bpf_skb_load_bytes(skb, 0, &first_byte, 1))
+		return 0;
+	header_bytes = (first_byte & 0xf) * 4;
+	if (bpf_skb_load_bytes(skb, header_bytes, &sal, sizeof(sal)))
+		return skb->len; /* too short to be valid: user space counts it with its reason */
+	if (sal.length_words != SAL_HEADER_WORDS)
+		return skb->len;
+	__be32 id = sal.destination_flow;
+	return bpf_map_lookup_elem(&flows, &id) ? skb->len : 0;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
