@@ -1,0 +1,5 @@
+"""`python -m translator` is `serval-translator`."""
+
+from translator.cli import main
+
+main()

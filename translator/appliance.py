@@ -1,0 +1,319 @@
+"""In which order does the appliance come up and go down?
+
+Everything or nothing: every port is bound and every name looked up before the stack starts, and nobody is let
+in before all of it runs. SIGTERM drains (no new clients, the present ones finish until the deadline), a
+second SIGTERM or SIGINT stops now. The policies of the parts are in legacy_side, serval_side, targets and
+relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from serval_core.dataplane.kernel import DataPlaneSettings
+from serval_core.errors import OurMistake
+from serval_core.names import format_address
+from serval_core.rules import Rule, RuleType
+from serval_core.sal_settings import SalSettings
+from serval_core.service_table import ServiceTable
+from serval_core.stack import ServalStack, StackSettings
+from translator.accounting import Admission
+from translator.config import Settings
+from translator.descriptors import connection_limit, raise_descriptor_limit
+from translator.legacy_side import LegacyAcceptor, MappedPort, SocketOptions
+from translator.nearest import nearest
+from translator.port_map import Misconfigured, ServiceRule
+from translator.relay import Relay
+from translator.serval_side import ForwardSide, ReverseSide
+from translator.splice_engine import FALLBACK_BECAUSE, SpliceEngine
+from translator.systemd import notify_systemd
+from translator.targets import TargetDialer, TargetSet, resolve_targets
+
+log = structlog.get_logger("translator")
+
+# How often deadlines of connections that are being opened are looked at.
+SWEEP_INTERVAL_S = 0.25
+WATCH_INTERVAL_S = 1.0
+# How long flows whose clients have gone may still exchange their last FINs when the appliance ends.
+FLOWS_END_S = 1.0
+FLOWS_END_CHECK_S = 0.02
+
+_AVAILABLE_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+
+
+def stack_settings(settings: Settings) -> StackSettings:
+    """What the embedded stack is told."""
+    stack = settings.stack
+    return StackSettings(
+        sal=SalSettings(
+            syn_initial_timeout_s=stack.syn_initial_timeout_s,
+            syn_timeout_max_s=max(stack.syn_timeout_max_s, stack.syn_initial_timeout_s),
+            connect_timeout_s=settings.timeouts.connect_s,
+            backlog=stack.backlog,
+        ),
+        dataplane=DataPlaneSettings(
+            interfaces=stack.interfaces,
+            congestion_control=stack.congestion_control,
+        ),
+        broadcast_resolution=stack.broadcast_resolution,
+    )
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The loop that everything runs on, and the one place to choose another implementation."""
+    return asyncio.new_event_loop()
+
+
+class Appliance:
+    """A running translator. `start()`, then `run_until_stopped()`, in the same event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.checked()
+        self._loop = asyncio.get_running_loop()
+        self._stop_wanted = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._undo: list[Callable[[], None]] = []
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._next_watch_s = 0.0
+        self._started_s = 0.0
+
+    # -- coming up -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything or nothing. Raises Misconfigured, StackBusy or KernelRefused."""
+        settings = self._settings
+        options = SocketOptions(settings.legacy.tcp_nodelay, settings.legacy.keepalive_s)
+        self.admission = Admission(connection_limit(settings, raise_descriptor_limit()))
+        self._refuse_unknown_names()
+        target_sets = [resolve_targets(reverse) for reverse in settings.reverses]
+        self.acceptor = LegacyAcceptor(options, settings.legacy.backlog, self.admission, self._client)
+        try:
+            self.acceptor.bind(settings.maps)
+            self._undo.append(self.acceptor.close)
+            self.stack = await ServalStack.start(stack_settings(settings))
+            try:
+                self._start_on_stack(options, target_sets)
+            except BaseException:
+                self._undo_all()
+                await self.stack.stop()
+                raise
+        except BaseException:
+            self._undo_all()
+            raise
+        self._undo.clear()
+        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        self._started_s = time.monotonic()
+        self._sweep()
+        # What exists now stays: the collector need not look at it again while clients come and go.
+        gc.collect()
+        gc.freeze()
+
+    def _start_on_stack(self, options: SocketOptions, target_sets: list[TargetSet]) -> None:
+        settings, timeouts = self._settings, self._settings.timeouts
+        add_rules(self.stack.table, settings.rules)
+        engine = SpliceEngine(
+            idle_timeout_s=timeouts.idle_s,
+            left_fin_timeout_s=timeouts.client_fin_s,
+            right_fin_timeout_s=timeouts.server_fin_s,
+        )
+        self.relay = Relay(engine)
+        self._undo.append(self.relay.stop)
+        reset_unanswered = settings.legacy.no_answer == "reset"
+        self.forward = ForwardSide(self.stack, self.relay, self.admission, reset_unanswered=reset_unanswered)
+        self.dialer = TargetDialer(options, timeouts.target_connect_s)
+        self.reverse = ReverseSide(self.relay, self.admission, self.dialer)
+        self.stack.stack_socket.register("maps", lambda _: self.maps())
+        self.stack.stack_socket.register("pairs", lambda _: self.relay.pairs())
+        self.stack.stack_socket.register("translator_counters", lambda _: self.counters())
+        for reverse, targets in zip(settings.reverses, target_sets, strict=True):
+            self.reverse.serve(self.stack, reverse, targets, settings.stack.backlog)
+        self.acceptor.listen()
+
+    def _undo_all(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _refuse_unknown_names(self) -> None:
+        """Interfaces and congestion control that this host does not have."""
+        stack = self._settings.stack
+        present = [name for _, name in socket.if_nameindex()]
+        for name in stack.interfaces or ():
+            if name not in present:
+                raise Misconfigured(
+                    f"--interface {name} (stack.interfaces)",
+                    f"there is no such interface{nearest(name, present)}",
+                )
+        available = _AVAILABLE_CONGESTION_CONTROL.read_text().split()
+        if stack.congestion_control not in available:
+            hint = nearest(stack.congestion_control, available)
+            raise Misconfigured(
+                f"--congestion-control {stack.congestion_control} (stack.congestion_control)",
+                f"the kernel does not have it{hint}",
+            )
+
+    # -- running ---------------------------------------------------------------------------------------------
+
+    async def run_until_stopped(self) -> None:
+        """Serve until a signal asks to stop, then go down in order."""
+        self._announce()
+        try:
+            await self._stop_wanted.wait()
+            notify_systemd("STOPPING=1")
+            await self._drain()
+        finally:
+            await self._stop()
+
+    def stop(self, *, now: bool) -> None:
+        """What SIGTERM does; with `now`, what SIGINT does."""
+        self._stop_wanted.set()
+        if now:
+            self._stop_now.set()
+
+    def maps(self) -> list[dict[str, object]]:
+        """What `show maps` shows."""
+        now = self._loop.time()
+        listed: list[dict[str, object]] = []
+        for traffic in self.acceptor.traffic:
+            listed.append({"direction": "forward", **traffic.as_dict(), "targets": []})
+        for served in self.reverse.served:
+            targets = [target.as_dict(now) for target in served.targets.targets]
+            listed.append({"direction": "reverse", **served.traffic.as_dict(), "targets": targets})
+        return listed
+
+    def counters(self) -> dict[str, int]:
+        """The translator's own counters; the stack has others."""
+        admission = self.admission
+        return {
+            "clients": admission.active,
+            "clients_high_water": admission.high_water,
+            "connection_limit": admission.limit,
+            "connection_limit_reached": admission.times_full,
+            "clients_connecting": len(self.forward.connecting),
+            "flows_waiting_for_targets": len(self.reverse.dialing),
+            **self.acceptor.counters,
+            **{f"refused_{name}": count for name, count in self.forward.failures.items()},
+            **{f"splice_{name}": count for name, count in self.relay.counters().items()},
+        }
+
+    def _client(self, client: socket.socket, address: object, port: MappedPort) -> None:
+        self.forward.client(client, address, port)
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        self.dialer.sweep(now)
+        if now >= self._next_watch_s:
+            self._next_watch_s = now + WATCH_INTERVAL_S
+            self.forward.sweep(time.monotonic())
+        self._sweep_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
+
+    def _announce(self) -> None:
+        if FALLBACK_BECAUSE is not None:
+            log.warning(
+                "the compiled splice engine is missing, relaying costs more CPU", because=FALLBACK_BECAUSE
+            )
+        log.info(
+            "serving",
+            maps=[f"{each.listen_text}={each.service_text}" for each in self._settings.maps],
+            reverse=[
+                f"{each.service_text}={','.join(map(str, each.targets))}" for each in self._settings.reverses
+            ],
+            rules=[rule_text(rule) for rule in self._settings.rules],
+            connection_limit=self.admission.limit,
+        )
+        notify_systemd("READY=1")
+
+    # -- going down ------------------------------------------------------------------------------------------
+
+    def _terminate(self) -> None:
+        self.stop(now=self._stop_wanted.is_set())
+
+    def _interrupt(self) -> None:
+        self.stop(now=True)
+
+    async def _drain(self) -> None:
+        """Take no more clients; wait for those that are here, until the deadline or "stop now"."""
+        self.acceptor.take_waiting()
+        self.acceptor.close()
+        self.reverse.close()
+        if self._stop_now.is_set():
+            return
+        deadline_s = self._settings.timeouts.drain_s
+        if self.admission.active:
+            log.info("draining", clients=self.admission.active, deadline_s=deadline_s)
+            self.admission.on_empty = self._stop_now.set
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._stop_now.wait()
+            except TimeoutError:
+                log.warning(
+                    "the drain deadline is over: resetting what is left", clients=self.admission.active
+                )
+        await self._let_flows_end()
+
+    async def _let_flows_end(self) -> None:
+        """The clients' connections are closed, but the last FINs of their flows may still be on their way."""
+        deadline_s = self._loop.time() + FLOWS_END_S
+        while any(flow["released"] for flow in self.stack.flows()):
+            if self._loop.time() >= deadline_s:
+                return
+            await asyncio.sleep(FLOWS_END_CHECK_S)
+
+    async def _stop(self) -> None:
+        """Reset what is left and remove every trace."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(each)
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self.admission.on_empty = self.admission.on_room = None
+        self.acceptor.close()
+        self.reverse.close()
+        self.forward.give_up_all()
+        self.reverse.give_up_all()
+        self.relay.stop()
+        await self.stack.stop()
+        traffic = [*self.acceptor.traffic, *(served.traffic for served in self.reverse.served)]
+        log.info("stopped", served=sum(each.connections for each in traffic))
+
+
+def add_rules(table: ServiceTable, rules: tuple[ServiceRule, ...]) -> None:
+    """Put the operator's rules into the service table. Raises Misconfigured."""
+    for rule in rules:
+        try:
+            for entry in table_rules(rule):
+                table.add(entry)
+        except OurMistake as mistake:
+            raise Misconfigured(rule.origin, str(mistake)) from None
+
+
+def table_rules(rule: ServiceRule) -> list[Rule]:
+    """The entries of the service table that a rule of the operator stands for."""
+    if rule.rule_type is RuleType.DROP:
+        entries = [Rule.drop(rule.prefix)]
+    else:
+        entries = [
+            Rule.forward(rule.prefix, target.address, weight=target.weight) for target in rule.addresses
+        ]
+    if rule.priority is None:
+        return entries
+    return [dataclasses.replace(entry, priority=rule.priority) for entry in entries]
+
+
+def rule_text(rule: ServiceRule) -> str:
+    """A rule as an operator writes it."""
+    if rule.rule_type is RuleType.DROP:
+        return f"{rule.service_text}=drop"
+    targets = [
+        format_address(target.address) + (f"@{target.weight}" if target.weight != 1 else "")
+        for target in rule.addresses
+    ]
+    return f"{rule.service_text}={','.join(targets)}"

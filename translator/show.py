@@ -1,0 +1,146 @@
+"""What does a running stack have to say? `serval-translator show flows|services|maps`: tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from serval_core.stack_socket import RequestFailed, StackSocketClient
+
+Row = Mapping[str, Any]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def show(
+    what: str, *, as_json: bool, client: StackSocketClient | None = None, console: Console | None = None
+) -> None:
+    """Print flows, services or maps. Raises StackNotRunning or RequestFailed."""
+    client = client or StackSocketClient()
+    console = console or Console()
+    rows = _FETCH[what](client)
+    if as_json:
+        # Not through rich, which would break long lines.
+        console.file.write(json.dumps(rows, indent=2) + "\n")
+        return
+    if not rows:
+        console.print(f"no {what}")
+        return
+    console.print(_RENDER[what](rows), soft_wrap=not console.is_terminal)
+
+
+def fetch_flows(client: StackSocketClient) -> list[dict[str, Any]]:
+    """The stack's flows, each with what the translator knows of its pair."""
+    flows: list[dict[str, Any]] = client.request("flows")
+    try:
+        pairs = {pair["flow_id"]: pair for pair in client.request("pairs")}
+    except RequestFailed:  # another program's stack: it has flows but no translator
+        pairs = {}
+    return [{**flow, **pairs.get(flow["flow_id"], {})} for flow in flows]
+
+
+def bytes_text(count: int) -> str:
+    """`count` bytes in three digits and a decimal unit."""
+    amount, unit = float(count), 0
+    while amount >= 999.5 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1000, unit + 1
+    return f"{count} B" if unit == 0 else f"{amount:.3g} {_UNITS[unit]}"
+
+
+def _flow_table(flows: Sequence[Row]) -> Table:
+    columns = (
+        "flow",
+        "state",
+        "service",
+        "Serval peer",
+        "legacy end",
+        "map",
+        "to service",
+        "from service",
+        "round trip",
+    )
+    table = _table(columns, right={"to service", "from service", "round trip"})
+    for flow in flows:
+        round_trip_s = flow.get("round_trip_s")
+        table.add_row(
+            f"{flow['flow_id']} - {flow['peer_flow_id']}",
+            escape(str(flow["state"])),
+            escape(str(flow["service"])),
+            str(flow["peer_address"]),
+            str(flow.get("legacy", "")),
+            escape(str(flow.get("map", ""))),
+            bytes_text(flow["bytes_to_service"]) if "bytes_to_service" in flow else "",
+            bytes_text(flow["bytes_from_service"]) if "bytes_from_service" in flow else "",
+            f"{round_trip_s * 1000:.2f} ms" if round_trip_s else "",
+        )
+    return table
+
+
+def _service_table(entries: Sequence[Row]) -> Table:
+    columns = ("service", "rule", "target", "priority", "weight", "packets resolved", "dropped")
+    table = _table(columns, right={"priority", "weight", "packets resolved", "dropped"})
+    for entry in entries:
+        for index, target in enumerate(entry["targets"]):
+            table.add_row(
+                escape(str(entry["prefix"])) if index == 0 else "",
+                str(target["type"]),
+                escape(_target_text(target)),
+                str(target["priority"]),
+                str(target["weight"]),
+                str(target["packets_resolved"]),
+                str(target["packets_dropped"]),
+            )
+    return table
+
+
+def _target_text(target: Row) -> str:
+    if target["type"] == "DEMUX":
+        return f"listener {target['listener_id']}"
+    if target["type"] == "DROP":
+        return ""
+    where = f" on interface {target['interface_index']}" if target.get("interface_index") else ""
+    return f"{'broadcast ' if target.get('broadcast') else ''}{target['address']}{where}"
+
+
+def _map_table(maps: Sequence[Row]) -> Table:
+    texts = ("", "from", "to", "now", "clients", "finished", "reset", "timed out", "refused", "gave up")
+    columns = (*texts, "to service", "from service")
+    table = _table(columns, right=set(columns[3:]))
+    for each in maps:
+        away = [target["target"] for target in each["targets"] if target["avoided"]]
+        counts = ("active", "connections", "finished", "reset", "timed_out", "refused", "gave_up")
+        table.add_row(
+            str(each["direction"]),
+            escape(str(each["listen"])),
+            escape(str(each["service"]) + (f" (down: {', '.join(away)})" if away else "")),
+            *(str(each[name]) for name in counts),
+            bytes_text(each["bytes_to_service"]),
+            bytes_text(each["bytes_from_service"]),
+        )
+    return table
+
+
+def _table(columns: Sequence[str], right: set[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+_FETCH: dict[str, Callable[[StackSocketClient], list[dict[str, Any]]]] = {
+    "flows": fetch_flows,
+    "services": lambda client: list(client.request("services")),
+    "maps": lambda client: list(client.request("maps")),
+}
+_RENDER: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "flows": _flow_table,
+    "services": _service_table,
+    "maps": _map_table,
+}
+TOPICS = tuple(_FETCH)
