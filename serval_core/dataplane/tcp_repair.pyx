@@ -85,10 +85,11 @@ cdef const char *establish(int fd, sockaddr_in *local, sockaddr_in *remote, cons
     options[count].opt_code = OPTION_MSS
     options[count].opt_val = mss
     count += 1
-    if send_scale >= 0:
-        options[count].opt_code = OPTION_WINDOW_SCALE
-        options[count].opt_val = send_scale | receive_scale << 16
-        count += 1
+    # Not negotiated is scale 0, and has to be said: connect() has chosen a scale for the receive window by itself, and would
+    # advertise windows shifted by it that the peer takes at face value.
+    options[count].opt_code = OPTION_WINDOW_SCALE
+    options[count].opt_val = max(send_scale, 0) | max(receive_scale, 0) << 16
+    count += 1
     if sack:
         options[count].opt_code = OPTION_SACK_PERMITTED
         options[count].opt_val = 0

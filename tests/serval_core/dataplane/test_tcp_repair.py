@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import threading
 
 import pytest
 
@@ -45,9 +46,9 @@ def test_data_flows_both_ways_across_a_sequence_wrap(host: Host, how: dict[str, 
     near, far = pair(host, **how)
     for end in (near, far):
         end.settimeout(10)
-    payload = bytes(range(256)) * 160
-    near.sendall(payload)
-    far.sendall(payload)
+    payload = bytes(range(256)) * 400
+    for end in (near, far):
+        threading.Thread(target=end.sendall, args=(payload,)).start()
     for end in (near, far):
         received = b""
         while len(received) < len(payload):
