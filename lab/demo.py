@@ -8,6 +8,7 @@ should be.
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import subprocess
@@ -42,10 +43,11 @@ SERVICE = "76568"
 PORT = 80
 DOWNLOAD_BYTES = 768 << 20
 UPLOAD_BYTES = 256 << 20
-SLOW_BYTES = 6 << 20
-SLOW_RATE = "3M"
+SLOW_BYTES = 10 << 20
+SLOW_RATE = "2M"
 PAIRS = 7
 MTU_BYTES = 1500
+FLOW_TABLE_COLUMNS = 120
 PROTOCOL_SAL = 144
 PROTOCOL_TCP = 6
 REFRESH_S = 0.05
@@ -131,10 +133,7 @@ def move_files(chain: Chain, findings: Findings, here: Path, there: Path, sent: 
         slow = curl(chain, "--limit-rate", SLOW_RATE, "-o", here / "slow", f"{url}/slow")
         wait_for((here / "slow").exists, "the first bytes of the slow download")
         fast = curl(chain, "-o", here / "download", f"{url}/download")
-        tables = {
-            name: translator.host.popen([*COMMAND, "show", "flows"], cwd=PROJECT, stdout=subprocess.PIPE)
-            for name, translator in (("translator", chain.translator), ("reverse translator", chain.reverse))
-        }
+        tables = {name: show_flows(side) for name, side in sides(chain).items()}
         watch(progress, "download", fast, here / "download", DOWNLOAD_BYTES)
         for name, table in tables.items():
             findings.flow_tables[name] = table.communicate(timeout=TRANSFER_TIMEOUT_S)[0]
@@ -149,6 +148,18 @@ def move_files(chain: Chain, findings: Findings, here: Path, there: Path, sent: 
         received = hash_file(arrived)
         findings.hashes.append((name, size, sent[name], received))
         findings.expect(received == sent[name], f"the {name} arrived with another hash")
+
+
+def sides(chain: Chain) -> dict[str, TranslatorProcess]:
+    """Both translators by what they are called here."""
+    return {"translator": chain.translator, "reverse translator": chain.reverse}
+
+
+def show_flows(side: TranslatorProcess) -> subprocess.Popen[Any]:
+    """What an operator would type, for a terminal of sufficient width."""
+    environment = os.environ | {"COLUMNS": str(max(console.width, FLOW_TABLE_COLUMNS))}
+    command = [*COMMAND, "show", "flows"]
+    return side.host.popen(command, cwd=PROJECT, stdout=subprocess.PIPE, env=environment)
 
 
 def curl(chain: Chain, *options: Any) -> subprocess.Popen[Any]:
@@ -200,16 +211,15 @@ def measured_bits_per_s(chain: Chain, address: str) -> float:
 
 def finish(chain: Chain, findings: Findings) -> None:
     """Nothing may be left: no flow after the transfers, no trace in the kernel after the translators."""
-    sides = {"translator": chain.translator, "reverse translator": chain.reverse}
-    for name, side in sides.items():
+    for name, side in sides(chain).items():
         shown = findings.flow_tables[name]
-        findings.expect("ESTABLISHED" in shown.upper(), f"{name}: show flows printed no open flow:\n{shown}")
+        findings.expect("CONNECTED" in shown, f"{name}: show flows printed no open flow:\n{shown}")
         try:
             wait_for(partial(is_idle, side), "its flows to end")
         except NeverHappened as error:
             findings.expect(False, f"{name}: {error}")
     statuses = chain.stop()
-    for (name, side), status in zip(sides.items(), statuses, strict=True):
+    for (name, side), status in zip(sides(chain).items(), statuses, strict=True):
         findings.expect(status == 0, f"{name}: ended with {status}\n{side.log()}")
         left = kernel_traces(side.host)
         findings.expect(not left, f"{name}: left in the kernel: {', '.join(left)}")
