@@ -16,6 +16,15 @@ from serval_core.stack_socket import RequestFailed, StackSocketClient
 Row = Mapping[str, Any]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_ENDS = {
+    "finished": "finished",
+    "reset": "reset",
+    "timed_out": "timed out",
+    "refused": "refused",
+    "gave_up": "gave up",
+}
+# How wide a table may be that goes to a file or another program.
+FILE_WIDTH = 200
 
 
 def show(
@@ -23,7 +32,7 @@ def show(
 ) -> None:
     """Print flows, services or maps. Raises StackNotRunning or RequestFailed."""
     client = client or StackSocketClient()
-    console = console or Console()
+    console = console or new_console()
     rows = _FETCH[what](client)
     if as_json:
         # Not through rich, which would break long lines.
@@ -32,7 +41,13 @@ def show(
     if not rows:
         console.print(f"no {what}")
         return
-    console.print(_RENDER[what](rows), soft_wrap=not console.is_terminal)
+    console.print(_RENDER[what](rows))
+
+
+def new_console() -> Console:
+    """As wide as the terminal, or wide enough when there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
 def fetch_flows(client: StackSocketClient) -> list[dict[str, Any]]:
@@ -54,37 +69,25 @@ def bytes_text(count: int) -> str:
 
 
 def _flow_table(flows: Sequence[Row]) -> Table:
-    columns = (
-        "flow",
-        "state",
-        "service",
-        "Serval peer",
-        "legacy end",
-        "map",
-        "to service",
-        "from service",
-        "round trip",
+    table = _table(
+        "flow", "state", "service", "Serval peer", "legacy end", ">bytes to / from service", ">round trip"
     )
-    table = _table(columns, right={"to service", "from service", "round trip"})
     for flow in flows:
         round_trip_s = flow.get("round_trip_s")
         table.add_row(
-            f"{flow['flow_id']} - {flow['peer_flow_id']}",
+            str(flow["flow_id"]),
             escape(str(flow["state"])),
             escape(str(flow["service"])),
             str(flow["peer_address"]),
-            str(flow.get("legacy", "")),
-            escape(str(flow.get("map", ""))),
-            bytes_text(flow["bytes_to_service"]) if "bytes_to_service" in flow else "",
-            bytes_text(flow["bytes_from_service"]) if "bytes_from_service" in flow else "",
+            escape(str(flow.get("legacy", ""))),
+            _both_bytes(flow) if "bytes_to_service" in flow else "",
             f"{round_trip_s * 1000:.2f} ms" if round_trip_s else "",
         )
     return table
 
 
 def _service_table(entries: Sequence[Row]) -> Table:
-    columns = ("service", "rule", "target", "priority", "weight", "packets resolved", "dropped")
-    table = _table(columns, right={"priority", "weight", "packets resolved", "dropped"})
+    table = _table("service", "rule", "target", ">priority", ">weight", ">packets resolved", ">dropped")
     for entry in entries:
         for index, target in enumerate(entry["targets"]):
             table.add_row(
@@ -109,27 +112,33 @@ def _target_text(target: Row) -> str:
 
 
 def _map_table(maps: Sequence[Row]) -> Table:
-    texts = ("", "from", "to", "now", "clients", "finished", "reset", "timed out", "refused", "gave up")
-    columns = (*texts, "to service", "from service")
-    table = _table(columns, right=set(columns[3:]))
+    table = _table("", "from", "to", ">clients now", ">in all", "ended", ">bytes to / from service")
     for each in maps:
-        away = [target["target"] for target in each["targets"] if target["avoided"]]
-        counts = ("active", "connections", "finished", "reset", "timed_out", "refused", "gave_up")
+        avoided = [target["target"] for target in each["targets"] if target["avoided"]]
+        ends = [f"{each[key]} {words}" for key, words in _ENDS.items() if each[key]]
         table.add_row(
             str(each["direction"]),
             escape(str(each["listen"])),
-            escape(str(each["service"]) + (f" (down: {', '.join(away)})" if away else "")),
-            *(str(each[name]) for name in counts),
-            bytes_text(each["bytes_to_service"]),
-            bytes_text(each["bytes_from_service"]),
+            escape(str(each["service"]) + (f" (down: {', '.join(avoided)})" if avoided else "")),
+            str(each["active"]),
+            str(each["connections"]),
+            ", ".join(ends),
+            _both_bytes(each),
         )
     return table
 
 
-def _table(columns: Sequence[str], right: set[str]) -> Table:
+def _both_bytes(row: Row) -> str:
+    return f"{bytes_text(row['bytes_to_service'])} / {bytes_text(row['bytes_from_service'])}"
+
+
+def _table(*columns: str) -> Table:
+    """A table with these headings; a leading ">" aligns a column to the right."""
     table = Table(box=SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        table.add_column(
+            column.lstrip(">"), justify="right" if column[:1] == ">" else "left", overflow="fold"
+        )
     return table
 
 
