@@ -7,6 +7,7 @@ from enum import Enum
 
 # Shown where a kernel lacks something that newer ones have.
 KERNEL_ADVISED = "use kernel 5.15 or newer (Debian 12 has 6.1)"
+GIST_CHARACTERS = 320
 REBUILD = "build it again: make setup (or pip install . where clang, llvm and libbpf-dev are installed)"
 
 
@@ -45,3 +46,9 @@ def grant(capability: str) -> str:
         f"run it as root (sudo serval-translator ...), with AmbientCapabilities={capability} in its "
         f"systemd unit, or with --cap-add {capability.removeprefix('CAP_')} in a container"
     )
+
+
+def gist(error: str) -> str:
+    """An error in one line. Of a long one, such as the verifier's log, beginning and end tell most."""
+    line = " ".join(error.split())
+    return line if len(line) <= GIST_CHARACTERS else f"{line[:80]} … {line[-GIST_CHARACTERS + 80 :]}"

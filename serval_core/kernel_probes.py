@@ -26,7 +26,13 @@ from serval_core.dataplane.netlink import Netlink
 from serval_core.errors import KernelRefused, ServalError
 from serval_core.wire.sal import PROTOCOL_SAL
 
-CAPABILITY_BITS = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
+CAPABILITY_BITS = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
 TCP_REPAIR = 19
 TCP_CONGESTION = 13
 CLONE_NEWUSER = 0x10000000

@@ -10,12 +10,12 @@ import errno
 import importlib
 import ipaddress
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from serval_core import kernel_probes, tuning_check
 from serval_core.errors import ServalError
-from serval_core.findings import KERNEL_ADVISED, REBUILD, Finding, Plan, Severity, grant
+from serval_core.findings import KERNEL_ADVISED, REBUILD, Finding, Plan, Severity, gist, grant
 from serval_core.wire.sal import PROTOCOL_SAL
 
 DATA_PLANE_DIRECTORY = Path(__file__).parent / "dataplane"
@@ -34,12 +34,13 @@ def check_requirements(plan: Plan | None = None) -> list[Finding]:
     Leaves nothing behind. Findings that need a privilege the caller lacks are reported as not ok.
     """
     plan = plan or Plan()
+    capabilities = kernel_probes.effective_capabilities()
     namespace = kernel_probes.probe_in_own_namespace()
     findings = [
-        *judge_capabilities(kernel_probes.effective_capabilities()),
+        *judge_capabilities(capabilities),
         judge_extensions(import_errors(REQUIRED_EXTENSIONS)),
         judge_bpf_objects(DATA_PLANE_DIRECTORY / "bpf"),
-        *_check_bpf(),
+        *_check_bpf(capabilities),
         judge_errno(
             "TCP_REPAIR",
             kernel_probes.try_tcp_repair(),
@@ -71,7 +72,7 @@ def judge_errno(
     return Finding(name, Severity.REQUIRED, False, os.strerror(code), needed, remedy)
 
 
-def judge_capabilities(effective: Iterable[str]) -> list[Finding]:
+def judge_capabilities(effective: Collection[str]) -> list[Finding]:
     """CAP_SYS_ADMIN includes what CAP_BPF allows."""
     have = frozenset(effective)
     needs = {
@@ -103,7 +104,7 @@ def judge_bpf_objects(directory: Path) -> Finding:
     return Finding("compiled BPF programs", Severity.REQUIRED, ok, found, "data plane", remedy)
 
 
-def _check_bpf() -> list[Finding]:
+def _check_bpf(capabilities: Collection[str]) -> list[Finding]:
     library = kernel_probes.load_libbpf()
     if library is None:
         remedy = "apt-get install libbpf1"
@@ -123,12 +124,12 @@ def _check_bpf() -> list[Finding]:
             capability="CAP_BPF",
         ),
         judge_bpf_map(program, kernel_probes.try_bpf_map(library)),
-        *([judge_verifier(_load_own_programs())] if program == 0 else []),
+        *([judge_verifier(_load_own_programs(), capabilities)] if program == 0 else []),
     ]
 
 
 def judge_bpf_map(program: int, code: int) -> Finding:
-    """`program`, `code`: errno of loading a program, of creating a map. Maps were locked memory before 5.11."""
+    """`program`, `code`: errno of loading a program, of creating a map (locked memory before 5.11)."""
     name, needed = "BPF maps", f"a map of {kernel_probes.MAP_ENTRIES} flows"
     remedy = "ulimit -l unlimited (LimitMEMLOCK=infinity in the systemd unit)"
     if code == errno.EPERM and program == 0:
@@ -155,10 +156,15 @@ def _load_own_programs() -> str:
     return ""
 
 
-def judge_verifier(error: str) -> Finding:
-    """`error`: what the loader said, "" when the kernel accepted our programs."""
+def judge_verifier(error: str, capabilities: Collection[str]) -> Finding:
+    """`error`: what the loader said, "" when the kernel accepted our programs.
+
+    Without CAP_PERFMON the kernel is stricter about what programs may read.
+    """
     remedy = KERNEL_ADVISED if error else ""
-    found = " ".join(error.split()) or "accepted"
+    if error and not {"CAP_PERFMON", "CAP_SYS_ADMIN"} & set(capabilities):
+        remedy = grant("CAP_PERFMON")
+    found = gist(error) or "accepted"
     return Finding("our BPF programs", Severity.REQUIRED, not error, found, "accepted by the kernel", remedy)
 
 
@@ -166,7 +172,7 @@ def judge_namespace(results: dict[str, int | str]) -> list[Finding]:
     """The answers of `kernel_probes.probe_in_own_namespace`."""
     if "crashed" in results:
         remedy = "report this as a defect, with the output of: serval-translator doctor"
-        found = str(results["crashed"])
+        found = gist(str(results["crashed"]))
         return [Finding("probes in a namespace", Severity.REQUIRED, False, found, "to end normally", remedy)]
     if results["namespace"]:
         found = f"not tried: {os.strerror(int(results['namespace']))}"
@@ -188,7 +194,7 @@ def judge_namespace(results: dict[str, int | str]) -> list[Finding]:
 
 def judge_data_plane(error: str) -> Finding:
     """`error`: the sentence with which the data plane refused to start, "" when it started and stopped."""
-    found = " ".join(error.split()) or "starts and stops"
+    found = gist(error) or "starts and stops"
     remedy = "see the findings above; if they are all in order, report this as a defect" if error else ""
     needed = "everything together, in a namespace of its own"
     return Finding("data plane", Severity.REQUIRED, not error, found, needed, remedy)

@@ -22,6 +22,8 @@ BACKLOG_ADVISED = 10_000
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # What a process needs besides its connections and pipes: the stack's own sockets, maps, logs.
 OTHER_DESCRIPTORS = 200
+# How `nft -j` writes `ip protocol` and `meta l4proto`.
+PROTOCOL_FIELDS = ({"payload": {"protocol": "ip", "field": "protocol"}}, {"meta": {"key": "l4proto"}})
 
 
 def check_tuning(plan: Plan) -> list[Finding]:
@@ -197,8 +199,8 @@ def _admits(rule: dict[str, Any], chain: dict[str, Any]) -> bool:
 
 
 def _matches_protocol(match: dict[str, Any] | None) -> bool:
-    """Whether a match names protocol 144, alone or in a set, as `ip protocol` or `meta l4proto`."""
-    if match is None or not any(word in json.dumps(match["left"]) for word in ('"protocol"', '"l4proto"')):
+    """Whether a match names protocol 144, alone or in a set."""
+    if match is None or match["left"] not in PROTOCOL_FIELDS:
         return False
     right = match["right"]
     values = right.get("set", []) if isinstance(right, dict) else [right]
