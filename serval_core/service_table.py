@@ -103,7 +103,7 @@ class ServiceTable:
             "bytes_resolved": 0,
             "dropped_no_entry": 0,
             "dropped_by_rule": 0,
-            "dropped_all_excluded": 0,
+            "all_excluded": 0,
         }
 
     def add(self, rule: Rule) -> None:
@@ -183,8 +183,7 @@ class ServiceTable:
                 for target in targets:
                     self._count(entry, target, packet_bytes)
                 return Resolution(targets[0].type, targets)
-        entry.packets_dropped += 1
-        self.counters["dropped_all_excluded"] += 1
+        self.counters["all_excluded"] += 1
         return _ALL_EXCLUDED
 
     def resolve_local(self, service_id: ServiceID, packet_bytes: int = 0) -> Target | None:

@@ -313,6 +313,7 @@ def test_a_client_that_does_not_read_does_not_hold_its_place(
             (task,) = server._clients
             await asyncio.wait([task])
             assert task.exception() is None
+        monkeypatch.undo()
         assert await ask("echo") == {}
 
     in_host(host, scenario)
