@@ -271,14 +271,16 @@ cdef inline void send_or_hold(Worker *worker, Pair *pair, int index, const char 
 
 
 cdef inline bint pass_urgent(Worker *worker, Pair *pair, int index) noexcept nogil:
-    """At the mark of urgent data, pass its byte on as urgent (RFC 6093 section 3). True when one was
-    passed.
+    """At the mark of urgent data, pass its byte on as urgent (RFC 6093 section 3). True when one was passed.
+
+    The byte is read in line (SO_OOBINLINE): otherwise a read that begins at a mark which has just come up would
+    skip it, and it would be lost.
     """
     cdef int at_mark = 0
     cdef char byte
     if ioctl(pair.ends[index].fd, SIOCATMARK, &at_mark) < 0 or not at_mark:
         return False
-    if recv(pair.ends[index].fd, &byte, 1, MSG_OOB | MSG_DONTWAIT) != 1:
+    if recv(pair.ends[index].fd, &byte, 1, MSG_DONTWAIT) != 1:
         return False
     worker.counters.urgent_bytes += 1
     send_or_hold(worker, pair, index, &byte, 1, True)

@@ -160,8 +160,8 @@ cdef class SpliceEngine:
         """Start passing bytes between two connected nonblocking TCP sockets.
 
         Both are borrowed until the pair's completion has been taken: do not read, write, shut or close them
-        before. Raises OurMistake for a pair_id in use, a descriptor that is closed or blocking, and a stopped
-        engine.
+        before. SO_OOBINLINE is set on them, so that urgent data can be passed on. Raises OurMistake for a
+        pair_id in use, a descriptor that is closed or blocking, and a stopped engine.
         """
         cdef Worker *worker
         cdef Pair *pair

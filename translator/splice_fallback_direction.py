@@ -1,5 +1,4 @@
-"""How do the bytes of one direction move, in the pure Python engine? The counterpart of splice_direction.pxd
-and splice_pipes.pxd.
+"""How do the bytes of one direction move, in the pure Python engine? The counterpart of splice_direction.pxd.
 
 Small amounts are copied through the thread's buffer (recv, send), larger ones spliced through a lent pipe.
 Bytes that the destination did not take are held in the pipe or, after a copy, in a buffer of their own; never
@@ -16,12 +15,11 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from translator.splice_fallback_pipes import Pipe, PipePool
 from translator.splice_types import (
     BUDGET_BYTES,
     BUFFER_BYTES,
     COPY_BYTES,
-    IDLE_PIPES,
-    PIPE_RETRY_S,
     SMALL_DRAINS,
     CompletionReason,
     DirectionState,
@@ -33,86 +31,6 @@ if TYPE_CHECKING:
 SIOCATMARK = 0x8905
 OWN_FAILURES = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EFAULT, errno.ENOMEM))
 SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
-
-
-class Pipe:
-    """Both descriptors of a pipe, and how many bytes are in it."""
-
-    __slots__ = ("held_bytes", "read_fd", "write_fd")
-
-    def __init__(self, read_fd: int, write_fd: int) -> None:
-        self.read_fd = read_fd
-        self.write_fd = write_fd
-        self.held_bytes = 0
-
-
-class PipePool:
-    """Pipes of one thread: lent only while bytes are pending, taken back only when empty (else closed)."""
-
-    __slots__ = ("_counters", "_idle", "_refused_until_s", "_sizes")
-
-    def __init__(self, sizes: list[int], counters: dict[str, int]) -> None:
-        self._sizes = sizes
-        self._counters = counters
-        self._idle: list[Pipe] = []
-        self._refused_until_s = 0.0
-
-    def lend(self, now_s: float) -> Pipe | None:
-        """An empty pipe, or None: then copy."""
-        if self._idle:
-            pipe = self._idle.pop()
-        elif not self._sizes or now_s < self._refused_until_s:
-            return None
-        else:
-            created = self._create()
-            if created is None:
-                self._counters["pipes_refused"] += 1
-                self._refused_until_s = now_s + PIPE_RETRY_S
-                return None
-            pipe = created
-        counters = self._counters
-        counters["pipes_lent"] += 1
-        counters["pipes_lent_high_water"] = max(counters["pipes_lent_high_water"], counters["pipes_lent"])
-        return pipe
-
-    def _create(self) -> Pipe | None:
-        try:
-            pipe = Pipe(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
-        except OSError:
-            return None
-        for size in self._sizes:
-            try:
-                fcntl.fcntl(pipe.write_fd, fcntl.F_SETPIPE_SZ, size)
-                break
-            except OSError:
-                continue
-        else:
-            # Above pipe-user-pages-soft a new pipe has two pages and cannot grow.
-            if fcntl.fcntl(pipe.write_fd, fcntl.F_GETPIPE_SZ) < self._sizes[-1]:
-                os.close(pipe.read_fd)
-                os.close(pipe.write_fd)
-                return None
-        self._counters["pipes_open"] += 1
-        self._counters["pipes_created"] += 1
-        return pipe
-
-    def give_back(self, pipe: Pipe) -> None:
-        self._counters["pipes_lent"] -= 1
-        if pipe.held_bytes == 0 and len(self._idle) < IDLE_PIPES:
-            self._idle.append(pipe)
-            return
-        if pipe.held_bytes:
-            self._counters["pipes_discarded"] += 1
-        self._close(pipe)
-
-    def _close(self, pipe: Pipe) -> None:
-        os.close(pipe.read_fd)
-        os.close(pipe.write_fd)
-        self._counters["pipes_open"] -= 1
-
-    def close(self) -> None:
-        while self._idle:
-            self._close(self._idle.pop())
 
 
 class Endpoint:
@@ -342,16 +260,17 @@ class Mover:
             direction.state = DirectionState.DESTINATION_FULL
 
     def _pass_urgent(self, pair: Pair, index: int) -> bool:
-        """At the mark of urgent data, pass its byte on as urgent (RFC 6093 section 3). True when one was
-        passed.
+        """At the mark of urgent data, pass its byte on as urgent (RFC 6093 section 3). True when one was passed.
+
+        It is read in line (SO_OOBINLINE): otherwise a read that begins at a mark would skip it.
         """
         source = opened(pair.ends[index])
         try:
             if struct.unpack("i", fcntl.ioctl(source, SIOCATMARK, bytes(4)))[0] == 0:
                 return False
-            byte = source.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)
+            byte = source.recv(1, socket.MSG_DONTWAIT)
         except OSError:
-            # Passed on before (EINVAL) or not here yet (EAGAIN); a failed socket will say so when it is read.
+            # Not here yet (EAGAIN); a failed socket will say so when it is read.
             return False
         if not byte:
             return False

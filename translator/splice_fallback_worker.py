@@ -8,7 +8,9 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import struct
+import termios
 import threading
 import time
 from collections import OrderedDict
@@ -19,7 +21,6 @@ from translator.splice_types import COUNTER_NAMES, LINGER_CHECK_S, CompletionRea
 
 __all__ = ["Pair", "Worker"]
 
-SIOCOUTQ = 0x5411
 EVENTS_AT_ONCE = 256
 WANTED_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 ABOUT_READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
@@ -230,6 +231,7 @@ class Worker:
         self._set_timer(pair, TIMER_IDLE)
         for side, end in enumerate(pair.ends):
             try:
+                opened(end).setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
                 self._epoll.register(end.fd, WANTED_EVENTS)
             except OSError as error:
                 end.error = error.errno or 0
@@ -288,7 +290,7 @@ def is_acknowledged(pair: Pair, side: int) -> bool:
     of it.
     """
     try:
-        answer = fcntl.ioctl(opened(pair.ends[side]), SIOCOUTQ, bytes(4))
+        answer = fcntl.ioctl(opened(pair.ends[side]), termios.TIOCOUTQ, bytes(4))
     except OSError:
         return True
     return bool(struct.unpack("i", answer)[0] == 0)

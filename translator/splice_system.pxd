@@ -55,9 +55,11 @@ cdef extern from "<sys/socket.h>" nogil:
     const int SHUT_WR
     const int SOL_SOCKET
     const int SO_ERROR
+    const int SO_OOBINLINE
     ssize_t recv(int fd, void *buffer, size_t length, int flags)
     ssize_t send(int fd, const void *buffer, size_t length, int flags)
     int shutdown(int fd, int how)
+    int setsockopt(int fd, int level, int option, const void *value, unsigned int length)
     int getsockopt(int fd, int level, int option, void *value, unsigned int *length)
 
 

@@ -15,9 +15,9 @@ from translator.splice_direction cimport (
     serve_direction, take_socket_error)
 from translator.splice_system cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
-    SIG_BLOCK, SIOCOUTQ, Link, epoll_ctl, epoll_event, epoll_wait, eventfd_read, eventfd_write, ioctl,
+    SIG_BLOCK, SIOCOUTQ, SO_OOBINLINE, SOL_SOCKET, Link, epoll_ctl, epoll_event, epoll_wait, eventfd_read, eventfd_write, ioctl,
     list_empty, list_init, monotonic_ns, move_all, move_to_end, pthread_mutex_lock, pthread_mutex_unlock,
-    pthread_sigmask, sigfillset, sigset_t, unlink)
+    pthread_sigmask, setsockopt, sigfillset, sigset_t, unlink)
 
 cdef enum:
     TIMER_IDLE = 0
@@ -172,13 +172,14 @@ cdef inline void start_pair(Worker *worker, Pair *pair) noexcept nogil:
     round.
     """
     cdef epoll_event event
-    cdef int side
+    cdef int side, inline_urgent = 1
     pair.active_ns = worker.now_ns
     move_to_end(&worker.timers[TIMER_IDLE], &pair.timer)
     event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
     for side in range(2):
         event.data.u64 = <uint64_t> <size_t> pair | side
-        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, pair.ends[side].fd, &event) < 0:
+        if (setsockopt(pair.ends[side].fd, SOL_SOCKET, SO_OOBINLINE, &inline_urgent, sizeof(inline_urgent)) < 0
+                or epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, pair.ends[side].fd, &event) < 0):
             pair.ends[side].error = pair.failed_errno = errno
             complete(worker, pair, REASON_FAILED)
             return
