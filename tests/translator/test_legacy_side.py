@@ -1,0 +1,300 @@
+"""Do clients get in, stay out at the limit without being refused, and find nobody after a failed start?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from translator.accounting import Admission
+from translator.legacy_side import Address, LegacyAcceptor, MappedPort, SocketOptions, address_text, reset
+from translator.port_map import ForwardMap, Misconfigured, parse_map
+
+TIMEOUT_S = 10.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on, on any address."""
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::", 0))
+        return int(probe.getsockname()[1])
+
+
+def forward_map(listen: str) -> ForwardMap:
+    return parse_map(f"{listen}=76568", {}, f"--map {listen}=76568")
+
+
+class Door:
+    """A LegacyAcceptor whose clients land in a list; a client counts until `leave`."""
+
+    def __init__(self, limit: int = 100, options: SocketOptions | None = None) -> None:
+        self.admission = Admission(limit)
+        self.clients: list[tuple[socket.socket, Address, MappedPort]] = []
+        self.total = 0
+        self.acceptor = LegacyAcceptor(options or SocketOptions(), 128, self.admission, self._client)
+
+    def _client(self, client: socket.socket, address: Address, port: MappedPort) -> None:
+        self.admission.enter()
+        self.total += 1
+        self.clients.append((client, address, port))
+
+    async def wait_for(self, count: int) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while self.total < count:
+                await asyncio.sleep(0.001)
+
+    def leave(self) -> None:
+        self.clients.pop(0)[0].close()
+        self.admission.leave()
+
+    def close(self) -> None:
+        self.acceptor.close()
+        for client, _, _ in self.clients:
+            client.close()
+
+
+def with_door(
+    test: Callable[[Door], Awaitable[None]], *, limit: int = 100, options: SocketOptions | None = None
+) -> None:
+    async def run() -> None:
+        door = Door(limit, options)
+        try:
+            await test(door)
+        finally:
+            door.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def connections() -> Iterator[list[socket.socket]]:
+    opened: list[socket.socket] = []
+    yield opened
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "dial", "seen_as"),
+    [
+        ("{}", "127.0.0.1", "127.0.0.1"),
+        ("{}", "::1", "[::1]"),
+        ("127.0.0.1:{}", "127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0:{}", "127.0.0.1", "127.0.0.1"),
+        ("[::1]:{}", "::1", "[::1]"),
+    ],
+)
+def test_a_client_comes_in(listen: str, dial: str, seen_as: str, connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(listen.format(port))])
+        door.acceptor.listen()
+        connections.append(socket.create_connection((dial, port), TIMEOUT_S))
+        await door.wait_for(1)
+        client, address, mapped = door.clients[0]
+        assert address_text(address) == f"{seen_as}:{connections[0].getsockname()[1]}"
+        assert mapped.map.service_text == "76568"
+        assert client.gettimeout() == 0
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 600
+
+    with_door(test)
+
+
+@pytest.mark.parametrize(("listen", "dial"), [("0.0.0.0:{}", "::1"), ("[::]:{}", "127.0.0.1")])
+def test_a_wildcard_of_one_family_leaves_the_other_alone(listen: str, dial: str) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(listen.format(port))])
+        door.acceptor.listen()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((dial, port), TIMEOUT_S)
+
+    with_door(test)
+
+
+def test_options_can_be_switched_off(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        door.acceptor.listen()
+        connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        await door.wait_for(1)
+        client = door.clients[0][0]
+        assert not client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert not client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    with_door(test, options=SocketOptions(tcp_nodelay=False, keepalive_s=0))
+
+
+def test_each_port_of_a_range_leads_in(connections: list[socket.socket]) -> None:
+    first = next(port for port in iter(free_port, 0) if port < 65000)
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{first}-{first + 4}")])
+        door.acceptor.listen()
+        for port in range(first, first + 5):
+            connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        await door.wait_for(5)
+        assert len({id(mapped.traffic) for _, _, mapped in door.clients}) == 1
+
+    with_door(test)
+
+
+def test_at_the_limit_clients_wait_instead_of_being_refused(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        door.acceptor.listen()
+        for _ in range(5):
+            connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        await door.wait_for(2)
+        # Each turn of the loop would take more clients if it still listened.
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(door.clients) == 2
+        assert door.admission.times_full == 1
+        for total in (3, 4, 5, 5, 5):
+            door.leave()
+            await door.wait_for(total)
+        assert (door.clients, door.admission.active) == ([], 0)
+
+    with_door(test, limit=2)
+
+
+def test_pausing_leaves_clients_in_the_queue(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        door.acceptor.listen()
+        door.acceptor.pause()
+        connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert door.clients == []
+        door.acceptor.resume()
+        await door.wait_for(1)
+
+    with_door(test)
+
+
+def test_who_waits_in_the_queue_is_taken_before_closing(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        door.acceptor.listen()
+        door.acceptor.pause()
+        for _ in range(3):
+            connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        door.acceptor.take_waiting()
+        assert len(door.clients) == 3
+        door.acceptor.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+
+    with_door(test)
+
+
+def test_a_port_of_another_program_is_refused_with_its_address_and_nothing_stays_bound() -> None:
+    ours = free_port()
+
+    async def test(door: Door) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            theirs = taken.getsockname()[1]
+            with pytest.raises(Misconfigured) as refusal:
+                door.acceptor.bind([forward_map(f"127.0.0.1:{ours}"), forward_map(f"127.0.0.1:{theirs}")])
+            assert f"--map 127.0.0.1:{theirs}=76568: cannot listen on 127.0.0.1:{theirs}: another" in str(
+                refusal.value
+            )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", ours))  # without SO_REUSEADDR: would fail were it still bound
+
+    with_door(test)
+
+
+def test_a_port_that_is_taken_between_bind_and_listen() -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        with socket.create_server(("127.0.0.1", port)), pytest.raises(Misconfigured, match="another program"):
+            door.acceptor.listen()
+        assert door.acceptor.addresses() == []
+
+    with_door(test)
+
+
+def test_an_address_of_another_host() -> None:
+    async def test(door: Door) -> None:
+        with pytest.raises(Misconfigured, match=r"192\.0\.2\.1:80: that address belongs to no interface"):
+            door.acceptor.bind([forward_map("192.0.2.1:80")])
+
+    with_door(test)
+
+
+def test_no_client_before_listen() -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+
+    with_door(test)
+
+
+@contextlib.contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """Every descriptor that the process may have is taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open("/dev/null", os.O_RDONLY)]
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(taken[0], *map(int, os.listdir("/proc/self/fd"))) + 1, hard)
+    )
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+def test_out_of_descriptors_pauses_instead_of_spinning(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{port}")])
+        door.acceptor.listen()
+        connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        with no_descriptors_left():
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert door.acceptor.counters["accept_shortages"] == 1
+        assert door.clients == []
+        await door.wait_for(1)  # it goes on by itself
+
+    with_door(test)
+
+
+def test_reset_is_seen_as_a_reset() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), TIMEOUT_S)
+        server, _ = listener.accept()
+    reset(server)
+    with client, pytest.raises(ConnectionResetError):
+        client.recv(1)
