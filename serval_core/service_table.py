@@ -169,7 +169,7 @@ class ServiceTable:
 
         The longest matching prefix decides, however good its targets are. Within it the set of highest
         priority decides that still has a target whose address is not in `exclude`. `random` returns a number
-        in [0, 1).
+        in [0, 1). When all are excluded nothing counts as dropped: the caller may ask again with fewer.
         """
         entry = self._entries.longest_match(service_id)
         if entry is None:
@@ -187,8 +187,7 @@ class ServiceTable:
         return _ALL_EXCLUDED
 
     def resolve_local(self, service_id: ServiceID, packet_bytes: int = 0) -> Target | None:
-        """The DEMUX target for a packet that arrived for `service_id`, and count it (SPEC 6.3 "local"
-        lookup).
+        """Which listener gets a packet that arrived for `service_id` (SPEC 6.3 "local" lookup), and count it.
 
         None if nothing listens. Only entries with a DEMUX target take part in the match: FORWARD and DROP
         rules do not keep packets from a listener.

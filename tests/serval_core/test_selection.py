@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -80,7 +81,8 @@ def test_proportions_follow_removals() -> None:
 def test_every_share_of_the_random_range_goes_to_its_target(weights: list[int]) -> None:
     target_set = set_of(dict(enumerate(weights, start=1)))
     total = sum(weights)
-    chosen = [target_set.select(lambda at=at: (at + 0.5) / total, ())[0].address for at in range(total)]
+    draws = [partial(float, (at + 0.5) / total) for at in range(total)]
+    chosen = [target_set.select(draw, ())[0].address for draw in draws]
     assert all(left <= right for left, right in pairwise(chosen))
     assert [chosen.count(address) for address in range(1, len(weights) + 1)] == weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -503,7 +504,7 @@ def test_the_table_equals_a_list_of_rules(steps: list[tuple[bool, ServicePrefix,
         highest = max((rule.priority for rule in matching), default=0)
         possible = {rule.address for rule in matching if rule.priority == highest}
         for at in (0.0, 0.25, 0.5, 0.75, 0.999):
-            resolution = table.resolve(service_id, lambda at=at: at)
+            resolution = table.resolve(service_id, partial(float, at))
             if possible:
                 assert resolution.targets[0].address in possible
             else:
