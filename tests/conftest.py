@@ -10,7 +10,7 @@ import pytest
 from lab.hosts import Lab
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def root() -> None:
     """Ask for this in a test that needs root. It fails instead of skipping: a skipped test proves nothing."""
     if os.geteuid() != 0:

@@ -1,0 +1,45 @@
+"""The chain that unmodified programs are tested through, and the proof that nothing stays behind."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from through_chain import PORTS, RAW, holdings, wait_for_holdings
+
+from lab.chain import Chain, kernel_traces
+from lab.hosts import Lab
+
+
+@pytest.fixture(scope="session")
+def chain(root: None) -> Iterator[Chain]:
+    """Four hosts in a row with both translators running. Each of PORTS leads to that port of the server."""
+    with Lab() as lab:
+        chain = Chain(lab, {port: str(10_000 + port) for port in PORTS})
+        chain.start()
+        yield chain
+        statuses = chain.stop()
+        assert statuses == (0, 0), chain.translator.log() + chain.reverse.log()
+        for host in (chain.translator_host, chain.reverse_host):
+            assert kernel_traces(host) == []
+            assert host.process_ids() == []
+
+
+@pytest.fixture
+def nothing_left(chain: Chain) -> Iterator[None]:
+    """Both translators hold after the test what they held before: no flow, descriptor or map entry more."""
+    sides = (chain.translator, chain.reverse)
+    before = [holdings(side) for side in sides]
+    yield
+    for side, held in zip(sides, before, strict=True):
+        assert held["flows"] == 0
+        wait_for_holdings(side, held)
+
+
+@pytest.fixture
+def listener(chain: Chain) -> Iterator[socket.socket]:
+    """A listening socket on the server behind the RAW port."""
+    with chain.server.call(socket.create_server, (chain.direct, RAW)) as server:
+        server.settimeout(10)
+        yield server
