@@ -100,7 +100,7 @@ class Close:
         if flags & RSYN:
             raise TheirMistake("migration_unsupported")
         if flow.state is State.CONNECTED:
-            if flags == SYN | ACK:
+            if flags == SYN | ACK and flow.listener is None:
                 self._repeated_syn_ack(flow, control, now)
                 return
             # The peer's answer shows that it has our handshake ACK.
@@ -111,9 +111,9 @@ class Close:
                 self._send_ack(flow, now)
                 raise TheirMistake("repeated_control")
             raise TheirMistake("version_gap")
-        if flags & SYN:
-            raise TheirMistake("unexpected_syn")
-        if flags & (ACK | FIN) and not self._acknowledge(flow, control.ackno, now) and not flags & FIN:
+        if flags & SYN or not flags & (ACK | FIN):
+            raise TheirMistake("meaningless_control")
+        if not self._acknowledge(flow, control.ackno, now) and not flags & FIN:
             raise TheirMistake("wrong_ackno")
         if flags & FIN:
             flow.receive_next = control.verno + 1 & _SERIAL_MASK

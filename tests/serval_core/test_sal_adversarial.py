@@ -1,0 +1,339 @@
+"""What can somebody do who sends whatever they like? Broken packets, spoofed ones, and a peer gone mad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serval_core.dataplane.memory_network import Faults, MemoryNetwork
+from serval_core.effects import (
+    Accepted,
+    CloseTransport,
+    Connected,
+    ConnectFailed,
+    Effect,
+    ExpectData,
+    FlowEnded,
+    ForgetExpected,
+    OpenTransport,
+    ResetTransport,
+)
+from serval_core.names import FlowID
+from serval_core.sal import SalSettings
+from serval_core.wire import ipv4, sal
+from serval_core.wire.sal import ACK, FIN, RST, RSYN, SYN, Control, SalPacket
+from tests.serval_core.exchanges import Exchange, leftovers, two_hosts
+from tests.serval_core.lone_host import (
+    LOCAL,
+    OTHER,
+    OUR_OPTIONS,
+    REMOTE,
+    SERVICE_ID,
+    LoneHost,
+    Peer,
+    accepted_host,
+    connected_host,
+)
+
+numbers = st.integers(0, 0xFFFFFFFF)
+flag_bytes = st.integers(0, 0xFF)
+
+
+def drops(host: LoneHost) -> int:
+    return sum(count for name, count in host.sal.counters.items() if name.startswith("dropped_"))
+
+
+def listening_host() -> LoneHost:
+    host = LoneHost()
+    host.listen()
+    return host
+
+
+def test_no_single_bit_of_a_syn_may_be_wrong() -> None:
+    host = listening_host()
+    packet = Peer(options=OUR_OPTIONS).syn()
+    for bit in range(len(packet) * 8):
+        broken = bytearray(packet)
+        broken[bit // 8] ^= 128 >> bit % 8
+        host.receive(bytes(broken))
+    assert host.effects() == []
+    assert host.sal.flows() == []
+    assert drops(host) == len(packet) * 8
+
+
+def test_no_byte_of_a_syn_may_be_missing() -> None:
+    host = listening_host()
+    packet = Peer(options=OUR_OPTIONS).syn()
+    for length in range(len(packet)):
+        host.receive(packet[:length])
+    assert host.effects() == []
+    assert host.sal.flows() == []
+    assert drops(host) == len(packet)
+
+
+def test_a_shortened_syn_with_right_ip_and_sal_checksums_makes_no_flow() -> None:
+    host = listening_host()
+    payload = ipv4.parse(Peer(options=OUR_OPTIONS).syn()).payload
+    for length in range(68, len(payload)):
+        host.receive(ipv4.emit(REMOTE, LOCAL, sal.PROTOCOL_SAL, payload[:length]))
+    assert host.sal.flows() == []
+    assert drops(host) == len(payload) - 68
+
+
+def test_a_fragment_is_not_taken_for_a_packet() -> None:
+    host = listening_host()
+    payload = ipv4.parse(Peer().syn()).payload
+    for field in (0x2000, 0x0001, 0x2001):
+        host.receive(ipv4.emit(REMOTE, LOCAL, sal.PROTOCOL_SAL, payload, flags_fragment=field))
+    assert host.dropped("fragment") == 3
+    assert host.effects() == []
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_counted(noise: bytes) -> None:
+    host = listening_host()
+    host.receive(noise)
+    host.receive(ipv4.emit(REMOTE, LOCAL, sal.PROTOCOL_SAL, noise))
+    assert drops(host) == 2
+    assert host.effects() == []
+
+
+well_formed = st.builds(
+    SalPacket,
+    numbers,
+    numbers,
+    st.sampled_from((sal.PROTOCOL_TCP, sal.PROTOCOL_UDP, 0, 255)),
+    st.none() | st.builds(Control, flag_bytes, numbers, numbers, st.binary(min_size=8, max_size=8)),
+    st.lists(st.just(SERVICE_ID), max_size=2).map(tuple),
+    st.just(()) | st.lists(numbers, min_size=2, max_size=20).map(tuple),
+    st.binary(max_size=40),
+)
+
+
+@given(st.lists(st.tuples(well_formed, numbers, st.booleans()), max_size=10))
+def test_well_formed_nonsense_opens_nothing(packets: list[tuple[SalPacket, int, bool]]) -> None:
+    host = listening_host()
+    for packet, source, broadcast in packets:
+        host.receive(ipv4.emit(source, LOCAL, sal.PROTOCOL_SAL, sal.emit(packet)), broadcast)
+    assert host.sal.flows() == []
+    assert host.news(OpenTransport) == []
+    assert drops(host) == len(packets)
+
+
+def requesting() -> tuple[LoneHost, Peer, FlowID]:
+    host, peer = LoneHost(), Peer()
+    host.forward(REMOTE)
+    flow_id = host.connect()
+    peer.learn(host.only_packet())
+    return host, peer, flow_id
+
+
+def responding() -> tuple[LoneHost, Peer, FlowID]:
+    host, peer = listening_host(), Peer()
+    host.receive(peer.syn())
+    peer.learn(host.only_packet())
+    return host, peer, FlowID(peer.host_flow_id)
+
+
+def closing_after(*steps: str) -> Callable[[], tuple[LoneHost, Peer, FlowID]]:
+    def reach() -> tuple[LoneHost, Peer, FlowID]:
+        host, peer, flow_id = connected_host()
+        for step in steps:
+            if step == "our FIN":
+                host.sal.fin_acknowledged(flow_id, host.now)
+            elif step == "ACK":
+                host.receive(peer.control(ACK, ackno=peer.ackno + 1))
+            else:
+                host.receive(peer.control(FIN))
+        host.effects()
+        return host, peer, flow_id
+
+    return reach
+
+
+EVERY_STATE = {
+    "REQUEST": requesting,
+    "RESPOND": responding,
+    "CONNECTED": connected_host,
+    "CONNECTED, passive": accepted_host,
+    "FINWAIT1": closing_after("our FIN"),
+    "FINWAIT2": closing_after("our FIN", "ACK"),
+    "CLOSEWAIT": closing_after("FIN"),
+    "CLOSING": closing_after("our FIN", "FIN"),
+    "LASTACK": closing_after("FIN", "our FIN"),
+    "TIMEWAIT": closing_after("our FIN", "ACK", "FIN"),
+}
+
+
+@pytest.mark.parametrize("state", EVERY_STATE)
+def test_whoever_lacks_the_nonce_changes_nothing(state: str) -> None:
+    """The attacker knows both flowIDs and addresses, and may guess everything else but the nonces right."""
+    host, peer, _ = EVERY_STATE[state]()
+    assert host.states() == [state.partition(",")[0]]
+    random = Random(state)
+    for _ in range(2000):
+        flags = random.choice((ACK, FIN, FIN | ACK, RST, RST | ACK, RSYN, RSYN | ACK, SYN | ACK, 0))
+        verno = peer.verno + random.choice((-1, 0, 1, 2, 300))
+        ackno = peer.ackno + random.choice((-1, 1, 2, 300))
+        nonce = random.choice((random.randbytes(8), bytes(7) + b"\1"))
+        packet = Control(flags, verno & 0xFFFFFFFF, ackno & 0xFFFFFFFF, nonce)
+        host.receive(peer.packet(packet, random.choice((b"", peer.segment()))))
+    assert host.effects() == []
+    assert host.states() == [state.partition(",")[0]]
+    assert drops(host) == 2000
+
+
+class Rules:
+    """The order of effects that `effects` promises, for all flows of a host."""
+
+    def __init__(self) -> None:
+        self.expected: set[FlowID] = set()
+        self.open: set[FlowID] = set()
+        self.reported: set[FlowID] = set()
+        self.ended: set[FlowID] = set()
+
+    def check(self, effect: Effect) -> None:
+        if isinstance(effect, ExpectData):
+            assert effect.flow_id not in self.expected | self.open
+            self.expected.add(effect.flow_id)
+        elif isinstance(effect, ForgetExpected):
+            self.expected.remove(effect.flow_id)
+        elif isinstance(effect, OpenTransport):
+            assert effect.flow_id not in self.open | self.ended
+            self.expected.discard(effect.flow_id)
+            self.open.add(effect.flow_id)
+        elif isinstance(effect, CloseTransport | ResetTransport):
+            self.open.remove(effect.flow_id)
+        elif isinstance(effect, Accepted | Connected):
+            assert effect.flow_id in self.open - self.reported
+            self.reported.add(effect.flow_id)
+        elif isinstance(effect, FlowEnded):
+            assert effect.flow_id in self.reported - self.open - self.ended
+            self.ended.add(effect.flow_id)
+        elif isinstance(effect, ConnectFailed):
+            assert effect.flow_id not in self.reported
+
+
+def mad_conversation(seed: int) -> None:
+    """A peer that knows all numbers uses them at random, while our application does the same."""
+    random = Random(seed)
+    host, rules = LoneHost(SalSettings(request_queue_limit=3), seed=seed), Rules()
+    host.listen(backlog=2)
+    peers = [Peer(options=random.choice((OUR_OPTIONS, Peer().options)), flow_id=n) for n in (1, 2, 3)]
+    flow_ids: list[FlowID] = []
+
+    def near(number: int) -> int:
+        return number + random.choice((-1, 0, 0, 0, 1, 2, 400)) & 0xFFFFFFFF
+
+    def say() -> None:
+        peer = random.choice(peers)
+        flags = random.choice((ACK, FIN, FIN | ACK, RST, RST | ACK, RSYN, SYN | ACK, 0x10, 0))
+        nonce = random.choice((peer.nonce, peer.nonce, peer.host_nonce or bytes(8), bytes(8)))
+        control = peer.control(flags, near(peer.verno), near(peer.ackno), nonce)
+        host.receive(
+            random.choice(
+                (
+                    control,
+                    control,
+                    peer.syn(),
+                    peer.syn_ack(),
+                    peer.handshake_ack(),
+                    peer.handshake_ack(bare=True),
+                    peer.data(),
+                )
+            )
+        )
+
+    def act() -> None:
+        if random.random() < 0.3:
+            flow_ids.append(host.sal.connect(SERVICE_ID, host.now, random.choice((REMOTE, OTHER))))
+            return
+        if not rules.reported:
+            return
+        flow_id = random.choice(sorted(rules.reported))
+        call = random.choice((host.sal.release, host.sal.abort, host.sal.fin_acknowledged))
+        call(flow_id, host.now)
+
+    def pass_time() -> None:
+        host.now += random.choice((0.0, 0.1, 1.0, 5.0))
+        host.sal.handle_timeouts(host.now)
+
+    for _ in range(60):
+        random.choice((say, say, say, act, pass_time))()
+        for sent in host.packets():
+            if sent.control.flags & SYN and sent.segment is not None:
+                random.choice(peers).learn(sent)
+        while len(host.log) > 0:
+            rules.check(host.log.pop(0))
+        assert host.sal._core.flows.half_open <= 3
+    for flow_id in [*rules.reported, *flow_ids]:
+        host.sal.abort(flow_id, host.now)
+    host.advance(100.0)
+    for effect in host.log:
+        rules.check(effect)
+    core = host.sal._core
+    assert (dict(core.flows.by_id), dict(core.flows.by_syn), core.flows.half_open) == ({}, {}, 0)
+    assert (len(core.timers), len(core.flows.time_wait)) == (0, 0)
+    assert rules.reported == rules.ended
+    assert not rules.open | rules.expected
+
+
+@pytest.mark.parametrize("first_seed", range(0, 1000, 100))
+def test_a_mad_peer_and_a_mad_application_break_nothing(first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + 100):
+        mad_conversation(seed)
+
+
+class Attacker:
+    """Sees every packet, knows flowIDs, addresses and version numbers, and sends with nonces of its own.
+
+    Only a forged SYN-ACK that overtakes the real one is beyond it: nothing could tell those two apart.
+    """
+
+    def __init__(self, network: MemoryNetwork, random: Random) -> None:
+        self._network = network
+        self._random = random
+        network.captured = []
+
+    def strike(self) -> None:
+        captured = self._network.captured
+        assert captured is not None
+        if not captured:
+            return
+        ip = ipv4.parse(self._random.choice(captured))
+        packet = sal.parse(ip.payload)
+        target = self._network.hosts.get(ip.destination)
+        if packet.control is None or target is None or packet.control.flags == SYN:
+            return
+        flags = self._random.choice((RST, RST | ACK, FIN, FIN | ACK, ACK, RSYN, SYN | ACK))
+        if packet.control.flags == flags == SYN | ACK:
+            return
+        spoofed = packet._replace(
+            control=packet.control._replace(flags=flags, nonce=self._random.randbytes(8)),
+            services=(),
+        )
+        forged = ipv4.emit(ip.source, ip.destination, sal.PROTOCOL_SAL, sal.emit(spoofed))
+        self._network.inject(target, forged)
+
+
+@pytest.mark.parametrize("first_seed", range(0, 200, 50))
+def test_connections_live_through_spoofed_control_packets(first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + 50):
+        network, client, server = two_hosts(seed, Faults(loss=0.05, reordering=0.1))
+        attacker = Attacker(network, Random(seed))
+        exchange = Exchange(network, client, server)
+        exchange.start()
+        until = network.now
+        for _ in range(200):
+            attacker.strike()
+            until += 0.005
+            network.run(until)
+        network.run()
+        assert exchange.complete(), f"seed {seed}"
+        assert set(client.ended.values()) == set(server.ended.values()) == {0}
+        assert not any(leftovers(client).values())
+        assert not any(leftovers(server).values())
