@@ -1,7 +1,8 @@
 """Which devices, addresses, routes and filters do we leave in the kernel, and how do they go away again?
 
-`serval0`/`serval1` anchor the kernel sockets of all flows; `sum0`/`sum1` finish checksums for peers that need them. Everything carries
-a fixed name, priority or handle, so that the next start finds and removes what a crash left (`remove_leftovers`).
+`serval0`/`serval1` anchor the kernel sockets of all flows. `seg0` cuts superpackets into segments, `sum0` also finishes their checksums;
+both lead to `sum1`, where headers are inserted. Everything carries a fixed name, priority or handle, so that the next start finds and
+removes what a crash left (`remove_leftovers`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from serval_core.dataplane.netlink import Netlink
 from serval_core.errors import KernelRefused
 from serval_core.names import format_address
 
-ANCHOR, ANCHOR_OUTER, CHECKSUM, CHECKSUM_OUTER = "serval0", "serval1", "sum0", "sum1"
-OWN_DEVICES = frozenset({ANCHOR, ANCHOR_OUTER, CHECKSUM, CHECKSUM_OUTER})
+ANCHOR, ANCHOR_OUTER, SEGMENTER, CHECKSUM, CHECKSUM_OUTER = "serval0", "serval1", "seg0", "sum0", "sum1"
+OWN_DEVICES = frozenset({ANCHOR, ANCHOR_OUTER, SEGMENTER, CHECKSUM, CHECKSUM_OUTER})
 # serval.bpf.c writes the anchor's address into each delivered frame.
 ANCHOR_MAC, OUTER_MAC = "02:53:41:4c:00:00", "02:53:41:4c:00:01"
 # Each flow has its MSS from the handshake, so the device never limits it.
 ANCHOR_MTU = 65000
+QUEUE_PACKETS = 4096
 FILTER_PRIORITY = 0x5341
 FILTER_HANDLE = 0x5341
 NFT_TABLE = "serval"
@@ -93,17 +95,34 @@ class Devices:
         netlink.run(
             "create sum0", lambda ip: add_pair(ip, CHECKSUM, "02:53:41:4c:00:02", CHECKSUM_OUTER, "02:53:41:4c:00:03")
         )
+        # A macvlan transmits through the device below it in the same call, with no queue between. One that takes a single
+        # segment makes the kernel cut superpackets on the way in, whatever the sockets' own device can do.
+        lower = socket.if_nametoindex(CHECKSUM_OUTER)
+        netlink.run(
+            "create seg0",
+            lambda ip: ip.link(
+                "add",
+                ifname=SEGMENTER,
+                kind="macvlan",
+                link=lower,
+                macvlan_mode="private",
+                mtu=ANCHOR_MTU,
+                gso_max_segs=1,
+            ),
+        )
         indexes = {name: socket.if_nametoindex(name) for name in OWN_DEVICES}
         for name in OWN_DEVICES:
             if FilePath(f"/proc/sys/net/ipv6/conf/{name}").exists():
                 write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
         # The effective rp_filter is the maximum of `all` and the device's; 2 (loose) is satisfied by our route.
         write_sysctl(f"net/ipv4/conf/{ANCHOR}/rp_filter", "2")
-        # Segmentation happens when a superpacket leaves serval0 or sum0. Without it on serval1 the kernel runs GRO on what
-        # arrives at serval0. sum0 also finishes checksums.
-        netlink.set_features(ANCHOR, SEGMENTATION_OFF | {"rx-gro": True})
+        # Without TSO on serval1 the kernel runs GRO on what arrives at serval0.
+        netlink.set_features(ANCHOR, {"rx-gro": True})
         netlink.set_features(ANCHOR_OUTER, SEGMENTATION_OFF | {"rx-gro": False})
         netlink.set_features(CHECKSUM, SEGMENTATION_OFF | {"tx-checksum-ip-generic": False})
+        # GRO reads from a ring of 256 packets. With a queue before it a full ring makes packets wait (Linux 6.16) instead of
+        # being dropped.
+        netlink.run("add queue", lambda ip: ip.tc("add", "pfifo", indexes[ANCHOR_OUTER], limit=QUEUE_PACKETS))
         for index in indexes.values():
             netlink.run("set link up", lambda ip, index=index: ip.link("set", index=index, state="up"))
         anchor = indexes[ANCHOR]

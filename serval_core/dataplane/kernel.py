@@ -27,6 +27,7 @@ from serval_core.dataplane.devices import (
     FILTER_PRIORITY,
     OUTER_MAC,
     OWN_DEVICES,
+    SEGMENTER,
     Devices,
 )
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
@@ -50,7 +51,7 @@ MAX_FLOWS = 65536
 FLOW_EXPECTED = 1
 FLOW_COMPLETE_CHECKSUM = 2
 
-CONFIGURATION = struct.Struct("!IIHxx4s4s")
+CONFIGURATION = struct.Struct("!IIHxx4s4s4s")
 FLOW = struct.Struct("!III4s4s4s12s12s")
 FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
 EVENT = struct.Struct("!I4s")
@@ -128,6 +129,7 @@ class KernelDataPlane:
             self._network,
             self._port,
             indexes[ANCHOR_OUTER].to_bytes(4, "little"),
+            indexes[SEGMENTER].to_bytes(4, "little"),
             indexes[CHECKSUM].to_bytes(4, "little"),
         )
         self._object = bpf_loader.BpfObject(str(OBJECT_FILE), configuration)
@@ -138,8 +140,8 @@ class KernelDataPlane:
         insert = self._object.program_fd("serval_insert")
         out = self._object.program_fd("serval_out")
         bpf_loader.attach_tc(indexes[ANCHOR], True, out, FILTER_PRIORITY, FILTER_HANDLE)
-        bpf_loader.attach_tc(indexes[ANCHOR_OUTER], False, insert, FILTER_PRIORITY, FILTER_HANDLE)
-        bpf_loader.attach_tc(indexes[CHECKSUM_OUTER], False, insert, FILTER_PRIORITY, FILTER_HANDLE)
+        for egress in (False, True):  # from sum0, from seg0
+            bpf_loader.attach_tc(indexes[CHECKSUM_OUTER], egress, insert, FILTER_PRIORITY, FILTER_HANDLE)
 
     def close(self) -> None:
         self.monitor.close()

@@ -2,7 +2,7 @@
 /*
  * The SAL's data plane: kernel TCP segments become data packets of Serval flows, and back. See ARCHITECTURE.md, "Data plane".
  *
- *   socket -> serval0 egress [serval_out] -> (segmentation) -> serval1 or sum1 ingress [serval_insert] -> wire
+ *   socket -> serval0 egress [serval_out] -> seg0 or sum0 (segmentation) -> sum1 [serval_insert] -> wire
  *   wire ingress [serval_in] -> serval1 -> serval0 -> socket
  *   raw socket [serval_control]: what user space gets to see
  */
@@ -95,12 +95,10 @@ int serval_out(struct __sk_buff *skb)
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, ports, 0, 4);
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
 	skb->mark = id;
-	if (needs_checksum)
-		return bpf_redirect(virtual_network.checksum_ifindex, 0);
-	return TC_ACT_OK;
+	return bpf_redirect(needs_checksum ? virtual_network.checksum_ifindex : virtual_network.segmenter_ifindex, 0);
 }
 
-/* Ingress of serval1 and sum1: one packet per MTU, in wire addresses, its flowID in the mark. Insert the SAL header and send it. */
+/* Both directions of sum1: one packet per MTU, in wire addresses, its flowID in the mark. Insert the SAL header and send it. */
 SEC("tc")
 int serval_insert(struct __sk_buff *skb)
 {
@@ -135,7 +133,11 @@ int serval_insert(struct __sk_buff *skb)
 	__sync_fetch_and_add(&state->out.packets, 1);
 	__sync_fetch_and_add(&state->out.bytes, length);
 
-	struct bpf_redir_neigh neighbour = { .nh_family = 2 /* AF_INET */, .ipv4_nh = flow->next_hop };
+	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
+	struct bpf_redir_neigh neighbour;
+	__builtin_memset(&neighbour, 0, sizeof(neighbour));
+	neighbour.nh_family = 2; /* AF_INET */
+	neighbour.ipv4_nh = flow->next_hop;
 	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 

@@ -22,7 +22,8 @@ struct virtual_network {
 	__be16 local_port;
 	__u16 padding;
 	__u32 anchor_outer_ifindex; /* serval1: what is sent into it arrives on serval0 */
-	__u32 checksum_ifindex;	    /* sum0: what is sent into it arrives on sum1 with finished checksums */
+	__u32 segmenter_ifindex;    /* seg0: what is sent into it leaves sum1 in segments */
+	__u32 checksum_ifindex;	    /* sum0: what is sent into it arrives on sum1 in segments with finished checksums */
 };
 
 /* Value of `flows`, by local flowID. Replaced as a whole on migration, so nothing in here changes under a reader. */
