@@ -19,7 +19,7 @@ class Path(NamedTuple):
 class Interface(NamedTuple):
     """An interface that is up and has an IPv4 address. `broadcast_address` is 0 where there is none (loopback)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     name: str
     address: int
     prefix_length: int

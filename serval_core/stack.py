@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -106,7 +107,12 @@ class PendingConnect:
     __slots__ = ("_stack", "flow_id", "on_connected", "on_failed", "service_id")
 
     def __init__(
-        self, stack: ServalStack, flow_id: FlowID, service_id: ServiceID, on_connected: OnConnected, on_failed: OnFailed
+        self,
+        stack: ServalStack,
+        flow_id: FlowID,
+        service_id: ServiceID,
+        on_connected: OnConnected,
+        on_failed: OnFailed,
     ) -> None:
         self._stack = stack
         self.flow_id = flow_id
@@ -124,7 +130,9 @@ class Listener:
 
     __slots__ = ("_stack", "listener_id", "on_accept", "prefix")
 
-    def __init__(self, stack: ServalStack, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept) -> None:
+    def __init__(
+        self, stack: ServalStack, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept
+    ) -> None:
         self._stack = stack
         self.listener_id = listener_id
         self.prefix = prefix
@@ -137,6 +145,9 @@ class Listener:
 
 class ServalStack:
     """The embedded stack; one per network namespace. Made by `start()`."""
+
+    _loop: asyncio.AbstractEventLoop
+    _sal: ServiceAccessLayer
 
     def __init__(self, settings: StackSettings) -> None:
         self.settings = settings
@@ -151,11 +162,11 @@ class ServalStack:
         self._running_effects = False
         self._send_errors: dict[int, int] = {}
         self._wrong_injected = 0
-        self._carry_out: dict[type[Effect], Callable[[Effect], None]] = {
+        self._carry_out: dict[type[Effect], Callable[[Any], None]] = {
             SendPacket: self._send_packet,
             OpenTransport: self._open_transport,
-            ExpectData: lambda effect: self._dataplane.expect_data(effect.flow_id),  # type: ignore[union-attr]
-            ForgetExpected: lambda effect: self._dataplane.forget_expected(effect.flow_id),  # type: ignore[union-attr]
+            ExpectData: lambda effect: self._dataplane.expect_data(effect.flow_id),
+            ForgetExpected: lambda effect: self._dataplane.forget_expected(effect.flow_id),
             InjectSegment: self._inject_segment,
             EndOfStream: self._end_of_stream,
             ResetTransport: self._reset_transport,
@@ -240,15 +251,20 @@ class ServalStack:
         """All flows with their states and wire counters, for `show flows`."""
         listed = self._sal.flows()
         for flow in listed:
-            flow.update(self._dataplane.flow_counters(flow["flow_id"])._asdict())  # type: ignore[arg-type]
+            flow.update(self._dataplane.flow_counters(FlowID(int(str(flow["flow_id"]))))._asdict())
         return listed
 
     def counters(self) -> dict[str, int]:
         """Counters of the SAL (drops by reason …) and of the data plane."""
         return {
             **self._sal.counters,
+            **{f"table_{name}": count for name, count in self.table.counters.items()},
+            **{f"stack_socket_{name}": count for name, count in self.stack_socket.counters.items()},
             **self._dataplane.counters(),
-            **{f"send_error_{errno.errorcode.get(code, code)}": count for code, count in self._send_errors.items()},
+            **{
+                f"send_error_{errno.errorcode.get(code, code)}": count
+                for code, count in self._send_errors.items()
+            },
             "injected_wrong_checksum": self._wrong_injected,
             "flow_map_entries": self._dataplane.entries(),
             "open_transports": len(self._connections),
@@ -351,7 +367,7 @@ class ServalStack:
             self._running_effects = False
         self._arm_timer()
 
-    def _send_packet(self, effect: SendPacket) -> None:  # type: ignore[misc]
+    def _send_packet(self, effect: SendPacket) -> None:
         code = self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
         if code:
             self._send_errors[code] = self._send_errors.get(code, 0) + 1
@@ -436,4 +452,3 @@ class ServalStack:
         if self._connections.pop(connection.flow_id, None) is not None:
             self._dataplane.remove_flow(FlowID(connection.flow_id))
             self._dataplane.take_down(connection.fd)
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from serval_core.dataplane.netlink import Netlink
 from serval_core.errors import KernelRefused
@@ -31,7 +32,10 @@ IFF_LOOPBACK = 0x8
 
 
 class KernelPaths:
-    """The host's interfaces and paths. `ignored` names our own devices; `only` restricts to the listed interfaces (plus loopback)."""
+    """The host's interfaces and paths.
+
+    `ignored` names our own devices; `only` restricts to the listed interfaces (and loopback).
+    """
 
     def __init__(self, netlink: Netlink, ignored: frozenset[str], only: Sequence[str] | None) -> None:
         self._netlink = netlink
@@ -56,7 +60,7 @@ class KernelPaths:
         self._cache.clear()
         links = self._netlink.run("list links", lambda ip: list(ip.get_links()))
         addresses = self._netlink.run("list addresses", lambda ip: list(ip.get_addr(family=socket.AF_INET)))
-        first_address = {}
+        first_address: dict[int, Any] = {}
         for entry in addresses:
             first_address.setdefault(entry["index"], entry)
         found = []
@@ -99,7 +103,9 @@ class KernelPaths:
         if interface_index:
             body += ATTRIBUTE_HEADER.pack(8, RTA_OIF) + struct.pack("=I", interface_index)
         self._sequence += 1
-        header = MESSAGE_HEADER.pack(MESSAGE_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, self._sequence, 0)
+        header = MESSAGE_HEADER.pack(
+            MESSAGE_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, self._sequence, 0
+        )
         self._route_socket.send(header + body)
         while True:
             answer = self._route_socket.recv(8192)
@@ -108,7 +114,13 @@ class KernelPaths:
                 break
         if kind == NLMSG_ERROR:
             error = -struct.unpack_from("=i", answer, MESSAGE_HEADER.size)[0]
-            if error in (101, 113, 22, 19, 13):  # ENETUNREACH, EHOSTUNREACH, EINVAL, ENODEV, EACCES (prohibit): no path
+            if error in (
+                101,
+                113,
+                22,
+                19,
+                13,
+            ):  # ENETUNREACH, EHOSTUNREACH, EINVAL, ENODEV, EACCES (prohibit): no path
                 return None
             raise KernelRefused("RTM_GETROUTE", error, "")
         return self._decode(answer[:length], address)

@@ -1,8 +1,8 @@
 """Which devices, addresses, routes and filters do we leave in the kernel, and how do they go away again?
 
-`serval0`/`serval1` anchor the kernel sockets of all flows. `seg0` cuts superpackets into segments, `sum0` also finishes their checksums;
-both lead to `sum1`, where headers are inserted. Everything carries a fixed name, priority or handle, so that the next start finds and
-removes what a crash left (`remove_leftovers`).
+`serval0`/`serval1` anchor the kernel sockets of all flows. `seg0` cuts superpackets into segments, `sum0` also
+finishes their checksums; both lead to `sum1`, where headers are inserted. Everything carries a fixed name, priority or handle, so that the next
+start finds and removes what a crash left (`remove_leftovers`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -51,6 +52,10 @@ def write_sysctl(path: str, value: str) -> None:
         raise KernelRefused(f"write /proc/sys/{path}", error.errno or 0, "Needs CAP_NET_ADMIN.") from error
 
 
+def _set_up(index: int, ip: Any) -> None:
+    ip.link("set", index=index, state="up")
+
+
 class Devices:
     """Our devices in this namespace. `create()` once, `remove()` at the end; both leave nothing half-done behind."""
 
@@ -69,7 +74,9 @@ class Devices:
             if name in (ANCHOR, CHECKSUM):
                 found.append(name)
                 self._delete_link(name)
-            elif name not in OWN_DEVICES and bpf_loader.detach_tc(index, False, FILTER_PRIORITY, FILTER_HANDLE):
+            elif name not in OWN_DEVICES and bpf_loader.detach_tc(
+                index, False, FILTER_PRIORITY, FILTER_HANDLE
+            ):
                 found.append(f"filter on {name}")
                 if not self._has_filters(index):
                     bpf_loader.remove_clsact(index)
@@ -93,7 +100,8 @@ class Devices:
 
         netlink.run("create serval0", lambda ip: add_pair(ip, ANCHOR, ANCHOR_MAC, ANCHOR_OUTER, OUTER_MAC))
         netlink.run(
-            "create sum0", lambda ip: add_pair(ip, CHECKSUM, "02:53:41:4c:00:02", CHECKSUM_OUTER, "02:53:41:4c:00:03")
+            "create sum0",
+            lambda ip: add_pair(ip, CHECKSUM, "02:53:41:4c:00:02", CHECKSUM_OUTER, "02:53:41:4c:00:03"),
         )
         # A macvlan transmits through the device below it in the same call, with no queue between. One that takes a single
         # segment makes the kernel cut superpackets on the way in, whatever the sockets' own device can do.
@@ -124,16 +132,22 @@ class Devices:
         # being dropped.
         netlink.run("add queue", lambda ip: ip.tc("add", "pfifo", indexes[ANCHOR_OUTER], limit=QUEUE_PACKETS))
         for index in indexes.values():
-            netlink.run("set link up", lambda ip, index=index: ip.link("set", index=index, state="up"))
+            netlink.run("set link up", partial(_set_up, index))
         anchor = indexes[ANCHOR]
-        netlink.run("add address", lambda ip: ip.addr("add", index=anchor, address=self._local_address, prefixlen=32))
+        netlink.run(
+            "add address", lambda ip: ip.addr("add", index=anchor, address=self._local_address, prefixlen=32)
+        )
         netlink.run(
             "add neighbour",
-            lambda ip: ip.neigh("add", dst=self._gateway, lladdr=OUTER_MAC, ifindex=anchor, state=0x80),  # NUD_PERMANENT
+            lambda ip: ip.neigh(
+                "add", dst=self._gateway, lladdr=OUTER_MAC, ifindex=anchor, state=0x80
+            ),  # NUD_PERMANENT
         )
         netlink.run(
             "add route",
-            lambda ip: ip.route("add", dst=self._remote_network, oif=anchor, gateway=self._gateway, flags=["onlink"]),
+            lambda ip: ip.route(
+                "add", dst=self._remote_network, oif=anchor, gateway=self._gateway, flags=["onlink"]
+            ),
         )
         self._add_nft_table()
         return indexes
@@ -172,7 +186,10 @@ class Devices:
         ingress, egress = 0xFFFFFFF2, 0xFFFFFFF3
 
         def count(ip: Any) -> int:
-            return sum(len(list(ip.get_filters(index=interface_index, parent=parent))) for parent in (ingress, egress))
+            return sum(
+                len(list(ip.get_filters(index=interface_index, parent=parent)))
+                for parent in (ingress, egress)
+            )
 
         try:
             return self._netlink.run("list filters", count) > 0
@@ -195,4 +212,3 @@ class Devices:
             return False
         result = subprocess.run(["nft", "delete", "table", "ip", NFT_TABLE], check=False, capture_output=True)
         return result.returncode == 0
-

@@ -185,7 +185,9 @@ class KernelDataPlane:
 
     def expect_data(self, flow_id: FlowID) -> None:
         """Let data for this half-open flow through to user space."""
-        value = FLOW.pack(0, 0, 0, bytes(4), bytes(4), FLOW_EXPECTED.to_bytes(4, "little"), bytes(12), bytes(12))
+        value = FLOW.pack(
+            0, 0, 0, bytes(4), bytes(4), FLOW_EXPECTED.to_bytes(4, "little"), bytes(12), bytes(12)
+        )
         self._flows.update(FLOW_KEY.pack(flow_id), value)
 
     def forget_expected(self, flow_id: FlowID) -> None:
@@ -196,9 +198,13 @@ class KernelDataPlane:
         flow_id = flow.flow_id
         path = self.paths.path_to(flow.peer_address, flow.interface_index)
         if path is None:
-            raise KernelRefused("route to the peer", errno.EHOSTUNREACH, "No path leads to the address of the SYN-ACK.")
+            raise KernelRefused(
+                "route to the peer", errno.EHOSTUNREACH, "No path leads to the address of the SYN-ACK."
+            )
         if not self._slots:
-            raise KernelRefused("flow table", errno.ENFILE, f"All {MAX_FLOWS} flows of the data plane are in use.")
+            raise KernelRefused(
+                "flow table", errno.ENFILE, f"All {MAX_FLOWS} flows of the data plane are in use."
+            )
         parameters = flow.parameters
         fd = tcp_repair.create_established(
             self._address,

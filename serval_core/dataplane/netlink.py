@@ -1,6 +1,6 @@
 """Who talks rtnetlink? `Netlink`: pyroute2 in a thread of its own, for everything that configures or lists.
 
-pyroute2's synchronous classes run an event loop of their own, which is impossible in the thread of a running loop; hence the thread.
+pyroute2's synchronous classes run an event loop of their own, which is impossible in the thread of a running loop.
 Calls take a few milliseconds and happen at start, at the end and when the kernel reports a change, never per connection.
 """
 
@@ -45,7 +45,9 @@ class Netlink:
         try:
             return self._thread.submit(work, self._ip).result()
         except NetlinkError as error:
-            raise KernelRefused(what, error.code, "Needs CAP_NET_ADMIN; run `serval-translator doctor`.") from error
+            raise KernelRefused(
+                what, error.code, "Needs CAP_NET_ADMIN; run `serval-translator doctor`."
+            ) from error
 
     def features(self, interface: str) -> dict[str, bool]:
         """The offload features of an interface, by ethtool's names; empty where the driver has none to tell."""
@@ -79,14 +81,18 @@ class Netlink:
         try:
             self._thread.submit(change).result()
         except OSError as error:
-            raise KernelRefused(f"ethtool -K {interface}", error.errno or 0, "Needs CAP_NET_ADMIN.") from error
+            raise KernelRefused(
+                f"ethtool -K {interface}", error.errno or 0, "Needs CAP_NET_ADMIN."
+            ) from error
 
 
 class ChangeMonitor:
     """Becomes readable when links, addresses, routes or rules change. What changed is asked again, not parsed."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
         self._socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV4_RULE))
 
     def fileno(self) -> int:

@@ -79,7 +79,7 @@ def parse(data: bytes) -> IPv4Packet:
     return IPv4Packet(source, destination, protocol, ttl, identification, flags_fragment, tos, payload)
 
 
-def emit(  # noqa: PLR0917
+def emit(
     source: int,
     destination: int,
     protocol: int,

@@ -243,7 +243,7 @@ def _source_extension(addresses: tuple[int, ...]) -> bytes:
     return bytes((_SOURCE << 4, 4 + len(body), 0, 0)) + body
 
 
-def emit_control(  # noqa: PLR0917
+def emit_control(
     src_flow_id: int,
     dst_flow_id: int,
     protocol: int,

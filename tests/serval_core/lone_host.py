@@ -127,7 +127,7 @@ class Peer:
     Numbers follow the protocol as long as the test does not give others.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         address: int = REMOTE,
         options: TcpOptions = PROTOTYPE_OPTIONS,

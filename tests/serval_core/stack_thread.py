@@ -37,7 +37,9 @@ class StackThread:
     def __enter__(self) -> Self:
         def start() -> None:
             # Children of a thread inherit its namespace, so the stack's thread is started from inside.
-            self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name=f"stack-{self.host.name}")
+            self._thread = threading.Thread(
+                target=lambda: asyncio.run(self._run()), name=f"stack-{self.host.name}"
+            )
             self._thread.start()
 
         self.host.call(start)
@@ -119,7 +121,9 @@ class Accepting:
         self._owner = owner
         self.listener: Listener = owner.call(
             lambda: owner.stack.listen(
-                parse_service(service), lambda connection: self._accepted.put(Stream(owner, connection)), backlog
+                parse_service(service),
+                lambda connection: self._accepted.put(Stream(owner, connection)),
+                backlog,
             )
         )
 

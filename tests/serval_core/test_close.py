@@ -273,6 +273,26 @@ def test_without_a_measured_round_trip_the_fin_waits_a_second() -> None:
     assert [at for at, _ in host.advance(3.5)] == pytest.approx([1.0, 3.0])
 
 
+def test_the_answer_to_a_repeated_fin_measures_nothing() -> None:
+    host, peer, _ = finwait1()
+    measured = host.sal.flows()[0]["round_trip_s"]
+    host.advance(0.3)
+    host.receive(peer.control(ACK, ackno=peer.ackno + 1))
+    assert host.states() == ["FINWAIT2"]
+    assert host.sal.flows()[0]["round_trip_s"] == measured
+
+
+def test_the_fin_does_not_inherit_the_backoff_of_the_syn() -> None:
+    host, peer = LoneHost(), Peer(options=OUR_OPTIONS)
+    host.forward(peer.address)
+    flow_id = host.connect()
+    peer.learn(host.advance(2.0)[0][1])
+    host.receive(peer.syn_ack())
+    host.sal.fin_acknowledged(flow_id, host.now)
+    host.effects()
+    assert [at for at, _ in host.advance(3.5)] == pytest.approx([1.0, 3.0])
+
+
 @pytest.mark.parametrize("reach", [connected_host, closewait])
 def test_a_released_flow_whose_data_is_never_acknowledged_ends(reach: Callable[..., Connected]) -> None:
     host, _, flow_id = reach(settings=SalSettings(release_timeout_s=100.0))

@@ -48,8 +48,9 @@ def test_the_prototype_reads_no_tiny_mss_from_our_option(mtu_bytes: int, cap_byt
     assert (mss_bytes & 0xFF) << 8 | mss_bytes >> 8 >= 1536
 
 
-def test_mss_1280_is_offered_as_1279() -> None:
-    assert handshake.mss_to_offer(1280 + 52, 32767) == 1279
+def test_an_mss_whose_low_byte_is_small_is_offered_a_little_smaller() -> None:
+    offers = [handshake.mss_to_offer(1500, mss_bytes) for mss_bytes in (1279, 1280, 1285, 1286)]
+    assert offers == [1279, 1279, 1279, 1286]
 
 
 def test_timestamps_are_even_and_never_go_back() -> None:

@@ -18,7 +18,7 @@ from serval_core.effects import (
     SendPacket,
 )
 from serval_core.names import DEFAULT_SERVICE, FlowID, ServicePrefix, parse_address
-from serval_core.rules import Rule
+from serval_core.rules import Rule, RuleType
 from serval_core.sal import SalSettings
 from serval_core.wire.sal import ACK, FIN, RST, SYN
 from tests.serval_core.lone_host import (
@@ -175,11 +175,18 @@ def test_paths_changed_repeats_no_syn_that_is_on_its_way() -> None:
 
 def test_a_rule_that_goes_away_meanwhile_does_not_hurry_the_failure() -> None:
     host, _, _ = requesting_host()
-    host.table.remove(SERVICE, Rule.forward(SERVICE, REMOTE).type, REMOTE)
+    host.table.remove(SERVICE, RuleType.FORWARD, REMOTE)
     host.advance(1.0)
     host.forward(OTHER)
     assert {packet.destination for _, packet in host.advance(5.0)} == {OTHER}
     host.advance(5.0)
+    assert failure(host).errno == ETIMEDOUT
+
+
+def test_a_rule_that_goes_away_for_good_fails_like_silence() -> None:
+    host, _, _ = requesting_host()
+    host.table.remove(SERVICE, RuleType.FORWARD, REMOTE)
+    host.advance(11.0)
     assert failure(host).errno == ETIMEDOUT
 
 
@@ -304,6 +311,15 @@ def test_a_syn_ack_with_a_wrong_transport_checksum_leaves_the_request_alone() ->
     host.receive(bytes(packet))
     assert host.dropped("tcp_checksum") == 1
     assert len(host.advance(0.3)) == 1  # and the SYN goes on being repeated
+
+
+def test_a_syn_ack_without_flow_id_or_to_everybody_leaves_the_request_alone() -> None:
+    host, peer, _ = requesting_host()
+    host.receive(peer.syn_ack(), broadcast=True)
+    peer.flow_id = 0
+    host.receive(peer.syn_ack())
+    assert (host.dropped("not_unicast"), host.dropped("flow_id_zero")) == (1, 1)
+    assert host.states() == ["REQUEST"]
 
 
 def test_the_peer_is_at_the_last_source_address() -> None:

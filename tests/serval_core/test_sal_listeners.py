@@ -48,6 +48,15 @@ def test_a_flow_that_ends_untaken_leaves_the_backlog() -> None:
     assert host.states() == ["RESPOND"]
 
 
+def test_a_released_flow_leaves_the_backlog() -> None:
+    host, _, flow_id = accepted_host()
+    listener = host.sal._core.flows.by_id[flow_id].listener
+    assert listener is not None
+    assert listener.waiting == 1
+    host.sal.release(flow_id, host.now)
+    assert listener.waiting == 0
+
+
 def test_closing_a_listener_forgets_requests_and_resets_what_nobody_took() -> None:
     host, taken, taken_id = accepted_host()
     host.sal.accepted_taken(taken_id)

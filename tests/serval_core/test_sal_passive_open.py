@@ -271,6 +271,23 @@ def test_a_syn_that_comes_again_after_all_makes_no_second_connection() -> None:
     assert len(host.sal.flows()) == 1
 
 
+@pytest.mark.parametrize("repeated_by", ["timer", "client"])
+def test_the_answer_to_a_repeated_syn_ack_measures_nothing(repeated_by: str) -> None:
+    host, peer = half_open_host()
+    host.advance(0.4 if repeated_by == "timer" else 0.1)
+    if repeated_by == "client":
+        host.receive(peer.syn())
+    host.receive(peer.handshake_ack())
+    assert host.sal.flows()[0]["round_trip_s"] is None
+
+
+def test_a_syn_ack_is_nothing_for_the_passive_side() -> None:
+    host, peer, _ = accepted_host()
+    host.receive(peer.control(SYN | ACK, verno=peer.initial_verno))
+    assert host.only_packet().sal.services == ()
+    assert host.dropped("repeated_control") == 1
+
+
 def test_an_expired_request_begins_anew_with_the_next_syn() -> None:
     host, peer = LoneHost(), Peer()
     host.listen()

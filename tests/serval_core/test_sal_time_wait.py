@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import pytest
+
 from serval_core.effects import SendPacket
 from serval_core.flow_table import FlowTable
 from serval_core.names import FlowID
@@ -93,6 +95,18 @@ def test_many_expiries_do_not_mean_many_wake_ups() -> None:
         host.sal.handle_timeouts(due)
         wake_ups += 1
     assert wake_ups <= 2
+
+
+def test_whatever_is_due_first_wakes_the_stack() -> None:
+    host, _, _ = closed_host()
+    expiry = host.sal.next_timeout()
+    assert expiry == host.now + 61.0
+    host.connect()
+    assert host.sal.next_timeout() == pytest.approx(host.now + 0.2)
+    host.sal._core.timers.run(host.now + 10.0)
+    timer = host.sal._core.timers.start(host.now + 100.0, lambda flow, now: None, host.sal._core)  # type: ignore[arg-type]
+    assert host.sal.next_timeout() == expiry
+    host.sal._core.timers.cancel(timer)
 
 
 def test_a_closed_flow_costs_less_than_half_a_kilobyte() -> None:

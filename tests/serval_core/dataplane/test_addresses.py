@@ -45,7 +45,12 @@ def with_paths(host: Host, work: Callable[[KernelPaths], T], only: list[str] | N
 def described(path: Path | None) -> tuple[str, str, str, int] | None:
     if path is None:
         return None
-    return path.interface_name, format_address(path.source_address), format_address(path.next_hop), path.mtu_bytes
+    return (
+        path.interface_name,
+        format_address(path.source_address),
+        format_address(path.next_hop),
+        path.mtu_bytes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,11 @@ def test_interfaces_with_broadcast_addresses(host: Host) -> None:
     found = with_paths(
         host,
         lambda paths: {
-            interface.name: (format_address(interface.broadcast_address), interface.prefix_length, interface.mtu_bytes)
+            interface.name: (
+                format_address(interface.broadcast_address),
+                interface.prefix_length,
+                interface.mtu_bytes,
+            )
             for interface in paths.interfaces()
         },
     )

@@ -28,7 +28,13 @@ VIRTUAL_LOCAL = parse_address("100.127.255.1")
 VIRTUAL_REMOTE = parse_address("100.126.0.0")
 VIRTUAL_PORT = 54324
 US, PEER = parse_address("10.1.0.1"), parse_address("10.1.0.2")
-OUR_FLOW, PEER_FLOW, HALF_OPEN, CHECKSUM_FLOW, UNKNOWN = 0x11223344, 0x55667788, 0x0A0B0C0D, 0x22334455, 0x7777BEEF
+OUR_FLOW, PEER_FLOW, HALF_OPEN, CHECKSUM_FLOW, UNKNOWN = (
+    0x11223344,
+    0x55667788,
+    0x0A0B0C0D,
+    0x22334455,
+    0x7777BEEF,
+)
 ETHERNET = bytes.fromhex("02000000000a02000000000b0800")
 DELIVERED = bytes.fromhex("02534 14c0000".replace(" ", "")) + bytes.fromhex("02000000000b0800")
 SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
@@ -36,7 +42,9 @@ SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[BpfObject]:
-    configuration = CONFIGURATION.pack(VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 3)
+    configuration = CONFIGURATION.pack(
+        VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 3
+    )
     loaded = BpfObject(str(OBJECT_FILE), configuration)
     yield loaded
     loaded.close()
@@ -47,7 +55,11 @@ def flows(programs: BpfObject) -> None:
     """Slot 0: an open flow; slot 1: one whose peer needs complete checksums; a half-open one; nothing noted yet."""
     for slot in (0, 1):
         programs.map("flow_states").update(struct.pack("=I", slot), NO_STATE)
-    for flow_id, slot, flags in ((OUR_FLOW, 0, 0), (CHECKSUM_FLOW, 1, FLOW_COMPLETE_CHECKSUM), (HALF_OPEN, 0, FLOW_EXPECTED)):
+    for flow_id, slot, flags in (
+        (OUR_FLOW, 0, 0),
+        (CHECKSUM_FLOW, 1, FLOW_COMPLETE_CHECKSUM),
+        (HALF_OPEN, 0, FLOW_EXPECTED),
+    ):
         programs.map("flows").update(
             struct.pack("!I", flow_id),
             FLOW.pack(
@@ -63,10 +75,23 @@ def flows(programs: BpfObject) -> None:
         )
 
 
-def segment(source: int, destination: int, ports: tuple[int, int], flags: int = tcp_segment.ACK, payload: bytes = b"hello") -> bytes:
+def segment(
+    source: int,
+    destination: int,
+    ports: tuple[int, int],
+    flags: int = tcp_segment.ACK,
+    payload: bytes = b"hello",
+) -> bytes:
     return tcp_segment.emit(
         tcp_segment.TcpSegment(
-            *ports, SEQUENCE, ACKNOWLEDGEMENT, flags, 512, 0, tcp_segment.TcpOptions(None, None, False, None, None), payload
+            *ports,
+            SEQUENCE,
+            ACKNOWLEDGEMENT,
+            flags,
+            512,
+            0,
+            tcp_segment.TcpOptions(None, None, False, None, None),
+            payload,
         ),
         source,
         destination,
@@ -82,10 +107,14 @@ def from_socket(flow_id: int, **how: object) -> bytes:
 
 def to_socket(flow_id: int) -> bytes:
     remote = VIRTUAL_REMOTE | flow_id >> 16
-    return DELIVERED + ipv4.emit(remote, VIRTUAL_LOCAL, 6, segment(remote, VIRTUAL_LOCAL, (flow_id & 0xFFFF, VIRTUAL_PORT)))
+    return DELIVERED + ipv4.emit(
+        remote, VIRTUAL_LOCAL, 6, segment(remote, VIRTUAL_LOCAL, (flow_id & 0xFFFF, VIRTUAL_PORT))
+    )
 
 
-def on_wire(source_flow: int, destination_flow: int, source: int = PEER, destination: int = US, **ip: int) -> bytes:
+def on_wire(
+    source_flow: int, destination_flow: int, source: int = PEER, destination: int = US, **ip: int
+) -> bytes:
     header = sal.data_header(source_flow, destination_flow, 6)
     return ETHERNET + ipv4.emit(source, destination, 144, header + segment(source, destination, (0, 0)), **ip)
 
@@ -130,7 +159,8 @@ INCOMING = [
     Row("plain TCP passes", ETHERNET + ipv4.emit(PEER, US, 6, segment(PEER, US, (1, 2))), TC_UNSPEC),
     Row(
         "nobody reaches a flow's socket past the SAL",
-        ETHERNET + ipv4.emit(VIRTUAL_REMOTE | 0x1122, VIRTUAL_LOCAL, 6, segment(PEER, US, (0x3344, VIRTUAL_PORT))),
+        ETHERNET
+        + ipv4.emit(VIRTUAL_REMOTE | 0x1122, VIRTUAL_LOCAL, 6, segment(PEER, US, (0x3344, VIRTUAL_PORT))),
         TC_SHOT,
         dropped_for="in_virtual_address",
     ),
@@ -149,7 +179,8 @@ def drops(programs: BpfObject) -> dict[str, int]:
     counters = programs.per_cpu_map("drop_counters")
     values = (counters.get(struct.pack("=I", index)) or b"" for index in range(len(DROP_REASONS)))
     return {
-        name: sum(struct.unpack(f"={len(value) // 8}Q", value)) for name, value in zip(DROP_REASONS, values, strict=True)
+        name: sum(struct.unpack(f"={len(value) // 8}Q", value))
+        for name, value in zip(DROP_REASONS, values, strict=True)
     }
 
 
@@ -182,7 +213,9 @@ def test_outgoing_without_flow_is_dropped(programs: BpfObject) -> None:
 def test_insert_puts_the_header_before_tcp(programs: BpfObject) -> None:
     body = segment(US, PEER, (0, 0))
     mark = struct.unpack("=I", struct.pack("!I", OUR_FLOW))[0]
-    verdict, result, mark_after = programs.test_run("serval_insert", ETHERNET + ipv4.emit(US, PEER, 6, body), mark)
+    verdict, result, mark_after = programs.test_run(
+        "serval_insert", ETHERNET + ipv4.emit(US, PEER, 6, body), mark
+    )
     assert (verdict, mark_after) == (TC_REDIRECT, 0)
     assert result[14:].hex() == ipv4.emit(US, PEER, 144, sal.data_header(OUR_FLOW, PEER_FLOW, 6) + body).hex()
 
@@ -205,5 +238,8 @@ def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> N
     events = programs.ring_buffer("flow_events")
     events.take()
     for _ in range(2):
-        assert programs.test_run("serval_out", from_socket(OUR_FLOW, flags=tcp_segment.RST, payload=b""))[0] == TC_REDIRECT
+        assert (
+            programs.test_run("serval_out", from_socket(OUR_FLOW, flags=tcp_segment.RST, payload=b""))[0]
+            == TC_REDIRECT
+        )
     assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 2))]

@@ -24,8 +24,16 @@ def host(lab: Lab) -> Host:
 
 
 def established(
-    host: Host, here: int, there: int, send_next: int, receive_next: int, *, address: int = LOOPBACK, scale: int = 7,
-    timestamp: int | None = 5000, control: bytes = b"cubic",
+    host: Host,
+    here: int,
+    there: int,
+    send_next: int,
+    receive_next: int,
+    *,
+    address: int = LOOPBACK,
+    scale: int = 7,
+    timestamp: int | None = 5000,
+    control: bytes = b"cubic",
 ) -> socket.socket:
     fd = host.call(
         tcp_repair.create_established,

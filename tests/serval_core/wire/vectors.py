@@ -54,7 +54,7 @@ class MessageVector(NamedTuple):
     data: bytes
 
 
-def _control(  # noqa: PLR0917
+def _control(
     src_flow_id: int,
     dst_flow_id: int,
     flags: int,
@@ -74,7 +74,7 @@ def _data(src_flow_id: int, dst_flow_id: int) -> SalPacket:
     return SalPacket(src_flow_id, dst_flow_id, PROTOCOL_TCP, None, (), (), b"")
 
 
-def _tcp(  # noqa: PLR0917
+def _tcp(
     sequence: int,
     acknowledgement: int,
     flags: int,
