@@ -21,7 +21,6 @@ import structlog
 
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.errors import OurMistake
-from serval_core.names import format_address
 from serval_core.rules import Rule, RuleType
 from serval_core.sal_settings import SalSettings
 from serval_core.service_table import ServiceTable
@@ -31,7 +30,7 @@ from translator.config import Settings
 from translator.descriptors import connection_limit, raise_descriptor_limit
 from translator.legacy_side import LegacyAcceptor, MappedPort, SocketOptions
 from translator.nearest import nearest
-from translator.port_map import Misconfigured, ServiceRule
+from translator.port_map import Misconfigured, ServiceRule, rule_text
 from translator.relay import Relay
 from translator.serval_side import ForwardSide, ReverseSide
 from translator.splice_engine import FALLBACK_BECAUSE, SpliceEngine
@@ -306,14 +305,3 @@ def table_rules(rule: ServiceRule) -> list[Rule]:
     if rule.priority is None:
         return entries
     return [dataclasses.replace(entry, priority=rule.priority) for entry in entries]
-
-
-def rule_text(rule: ServiceRule) -> str:
-    """A rule as an operator writes it."""
-    if rule.rule_type is RuleType.DROP:
-        return f"{rule.service_text}=drop"
-    targets = [
-        format_address(target.address) + (f"@{target.weight}" if target.weight != 1 else "")
-        for target in rule.addresses
-    ]
-    return f"{rule.service_text}={','.join(targets)}"

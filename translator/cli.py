@@ -19,7 +19,7 @@ from serval_core.errors import ServalError
 from translator import show as show_module
 from translator.config import KEEPALIVE_MAX_S, Settings
 from translator.config_file import LoadedFile, load
-from translator.port_map import Misconfigured, Names, parse_map, parse_reverse, parse_rule
+from translator.port_map import Misconfigured, Names, parse_map, parse_reverse, parse_rule, rule_text
 
 PROGRAM = "serval-translator"
 WRONG_USE = 2
@@ -210,8 +210,6 @@ def check(file: Path) -> None:
         click.echo(f"map      {each.listen_text} -> {each.service_text} ({each.service_id.hex_text[:8]}...)")
     for reverse in settings.reverses:
         click.echo(f"reverse  {reverse.service_text} -> {', '.join(map(str, reverse.targets))}")
-    from translator.appliance import rule_text
-
     for rule in settings.rules:
         click.echo(f"rule     {rule_text(rule)}")
     click.echo(f"{file}: ok")

@@ -111,6 +111,17 @@ def host_text(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def rule_text(rule: ServiceRule) -> str:
+    """A rule as an operator writes it."""
+    if rule.rule_type is RuleType.DROP:
+        return f"{rule.service_text}=drop"
+    targets = [
+        format_address(target.address) + (f"@{target.weight}" if target.weight != 1 else "")
+        for target in rule.addresses
+    ]
+    return f"{rule.service_text}={','.join(targets)}"
+
+
 def parse_map(text: str, names: Names, origin: str) -> ForwardMap:
     """`PORT=ID`, `ADDR:PORT=ID`, `[v6]:PORT=ID`; PORT may be FIRST-LAST. Raises Misconfigured."""
     listen, service = split_assignment(text, origin, "PORT=ID, ADDR:PORT=ID, [v6]:PORT=ID or FIRST-LAST=ID")
