@@ -17,7 +17,7 @@ from serval_core.effects import (
 )
 from serval_core.names import FlowID
 from serval_core.sal import SalSettings
-from serval_core.wire.sal import ACK, FIN, NACK, RST, RSYN, SYN
+from serval_core.wire.sal import ACK, FIN, RST
 from tests.serval_core.lone_host import (
     OUR_OPTIONS,
     LoneHost,
@@ -377,46 +377,3 @@ def test_a_repeated_fin_is_acknowledged_again(reach: Callable[..., Connected]) -
     assert host.states() == before
     assert host.dropped("repeated_control") == 3
     assert len(host.news(EndOfStream)) == 1
-
-
-def test_a_stale_pure_ack_is_not_answered() -> None:
-    host, peer, _ = closewait()
-    host.receive(peer.control(ACK, verno=peer.verno - 5 & 0xFFFFFFFF))
-    assert host.effects() == []
-
-
-def test_version_numbers_may_run_ahead_a_little() -> None:
-    """A FIN or RSYN that was overwritten consumes a number (SPEC 11.1, quirk 7)."""
-    host, peer, _ = connected_host()
-    host.receive(peer.control(FIN, verno=peer.verno + 256))
-    assert own_numbers(peer, host.only_packet()) == (0, 257)
-    host, peer, _ = connected_host()
-    host.receive(peer.control(FIN, verno=peer.verno + 257))
-    assert host.effects() == []
-    assert host.dropped("version_gap") == 1
-
-
-@pytest.mark.parametrize("flags", [RSYN, RSYN | ACK, RSYN | FIN])
-def test_migration_is_counted_and_left_alone(flags: int) -> None:
-    host, peer, _ = connected_host()
-    host.receive(peer.control(flags))
-    assert host.effects() == []
-    assert host.dropped("migration_unsupported") == 1
-    assert host.states() == ["CONNECTED"]
-
-
-@pytest.mark.parametrize("flags", [0, NACK, SYN | FIN])
-def test_controls_without_meaning_are_counted(flags: int) -> None:
-    host, peer, _ = accepted_host()
-    host.receive(peer.control(flags))
-    assert host.effects() == []
-    assert host.dropped("meaningless_control") == 1
-
-
-def test_data_for_an_open_flow_is_handed_on() -> None:
-    host, peer, _ = connected_host()
-    host.receive(peer.data(b"x"))
-    assert len(host.news(InjectSegment)) == 1
-    host.receive(peer.packet(None, b"short"))
-    assert host.dropped("tcp_truncated") == 1
-    assert len(host.news(InjectSegment)) == 1
