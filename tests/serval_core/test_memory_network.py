@@ -7,8 +7,17 @@ from random import Random
 
 import pytest
 
-from serval_core.dataplane.memory_network import Faults, MemoryNetwork
-from tests.serval_core.exchanges import Exchange, leftovers, two_hosts
+from serval_core.dataplane.memory_network import Faults, MemoryHost, MemoryNetwork
+from serval_core.dataplane.toy_transport import ToyTransport
+from serval_core.rules import Rule
+from tests.serval_core.exchanges import (
+    CLIENT_ADDRESS,
+    SERVER_ADDRESS,
+    SERVICE,
+    Exchange,
+    leftovers,
+    two_hosts,
+)
 
 SEEDS = 2000
 SEEDS_PER_TEST = 100
@@ -86,6 +95,66 @@ def test_mild_loss_never_fails_a_connection(first_seed: int) -> None:
         assert exchange.complete(), f"seed {seed}"
         assert set(exchange.client.ended.values()) == set(exchange.server.ended.values()) == {0}
         assert_nothing_is_left(exchange)
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_of_several_instances_one_accepts(broadcast: bool) -> None:
+    """All get copies of the SYN, sooner or later; the client answers one."""
+    addresses = [SERVER_ADDRESS + number for number in range(3)]
+    for seed in range(150):
+        network = MemoryNetwork(seed, random_faults(Random(seed), 0.2))
+        client = network.add_host(CLIENT_ADDRESS)
+        servers = [network.add_host(address) for address in addresses]
+        for server in servers:
+            server.sal.listen(SERVICE, 16, network.now)
+            if not broadcast:
+                client.table.add(Rule.forward(SERVICE, server.address))
+        if broadcast:
+            rule = Rule.broadcast_on(client.paths.wire.broadcast_address, client.paths.wire.index)
+            client.table.replace_broadcast_rules([rule])
+        flow_id = client.sal.connect(SERVICE.service_id, network.now)
+        client.settle()
+        network.run(network.now + 30.0)
+        accepted = sum(len(server.accepted) for server in servers)
+        assert accepted <= 1, f"seed {seed}"
+        if flow_id in client.connected and flow_id not in client.ended:
+            assert accepted == 1, f"seed {seed}"
+        client.sal.abort(flow_id, network.now)
+        client.settle()
+        network.run()
+        assert not any(leftovers(client).values())
+        assert all(not leftovers(server)["half open"] for server in servers)
+
+
+def test_many_connections_at_once_do_not_mix() -> None:
+    network, client, server = two_hosts(5, Faults(loss=0.05, duplication=0.1, reordering=0.3))
+    said: dict[bytes, int] = {}
+
+    def opened(host: MemoryHost, transport: ToyTransport) -> None:
+        def changed(transport: ToyTransport) -> None:
+            if transport.end_of_stream:
+                said[transport.received] = said.get(transport.received, 0) + 1
+                if host is server:
+                    transport.write(transport.received)
+                    transport.finish()
+                host.sal.release(transport.opened.flow_id, network.now)
+
+        transport.on_change = changed
+        if host is client:
+            transport.write(b"connection %d" % len(client.connected))
+            transport.finish()
+
+    client.on_open = server.on_open = opened
+    server.sal.close_listener(1, network.now)
+    server.sal.listen(SERVICE, 300, network.now)
+    for _ in range(200):
+        client.sal.connect(SERVICE.service_id, network.now)
+        client.settle()
+        network.run(network.now + 0.001)
+    network.run()
+    assert said == {b"connection %d" % number: 2 for number in range(1, 201)}
+    assert not any(leftovers(client).values())
+    assert not any(leftovers(server).values())
 
 
 def test_the_same_seed_gives_the_same_packets() -> None:
