@@ -1,8 +1,8 @@
 """Which devices, addresses, routes and filters do we leave in the kernel, and how do they go away again?
 
 `serval0`/`serval1` anchor the kernel sockets of all flows. `seg0` cuts superpackets into segments, `sum0` also
-finishes their checksums; both lead to `sum1`, where headers are inserted. Everything carries a fixed name, priority or handle, so that the next
-start finds and removes what a crash left (`remove_leftovers`).
+finishes their checksums; both lead to `sum1`, where headers are inserted. Everything carries a fixed name,
+priority or handle, so that the next start finds and removes what a crash left (`remove_leftovers`).
 """
 
 from __future__ import annotations

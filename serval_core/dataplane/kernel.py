@@ -79,13 +79,15 @@ class FlowCounters(NamedTuple):
 @dataclass(frozen=True)
 class DataPlaneSettings:
     """`interfaces`: names to use, None for all that are up. `virtual_network`: a /16 of its own for the kernel's sockets, and the
-    address of our side in `virtual_address`; neither ever appears on a wire."""
+    address of our side in `virtual_address`; neither ever appears on a wire. A flow whose peer's host is silent for
+    `peer_timeout_s` ends with ETIMEDOUT (0: never)."""
 
     interfaces: Sequence[str] | None = None
     congestion_control: str = "cubic"
     virtual_network: str = "100.126.0.0"
     virtual_address: str = "100.127.255.1"
     virtual_port: int = 54324
+    peer_timeout_s: int = 120
 
 
 class KernelDataPlane:
@@ -221,6 +223,7 @@ class KernelDataPlane:
             parameters.send_window_bytes,
             parameters.receive_window_bytes,
             self._congestion_control,
+            self._settings.peer_timeout_s,
         )
         slot = self._slots.pop()
         complete = not flow.peer_is_ours or self._needs_checksum.get(path.interface_index, True)
