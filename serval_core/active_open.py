@@ -68,7 +68,7 @@ class ActiveOpen:
         if not flow.ways:
             self._repeat_syn(flow, now)
 
-    def receive(  # noqa: PLR0917
+    def receive(
         self, flow: Flow, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
     ) -> None:
         """Process a packet for a flow in REQUEST. Raises TheirMistake."""

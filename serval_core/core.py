@@ -94,7 +94,7 @@ class Core:
         """Count a packet that is not processed any further."""
         self.counters[f"dropped_{reason}"] += 1
 
-    def send_control(  # noqa: PLR0917
+    def send_control(
         self,
         flow: Flow,
         flags: int,
