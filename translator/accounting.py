@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class MapTraffic:
-    """What one map has carried. Bytes are those of ended pairs, as seen by the Serval side."""
+    """What one map has carried. Bytes are those of ended pairs, delivered to the side that they were for."""
 
     __slots__ = (
         "active",
@@ -38,9 +38,13 @@ class MapTraffic:
         self.bytes_to_service = 0
         self.bytes_from_service = 0
 
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
+    def as_dict(self, live_bytes: tuple[int, int] | None = None) -> dict[str, object]:
+        """For JSON. `live_bytes`: what the pairs that are still open have carried to and from the service."""
+        shown: dict[str, object] = {name: getattr(self, name) for name in self.__slots__}
+        if live_bytes is not None:
+            shown["bytes_to_service"] = self.bytes_to_service + live_bytes[0]
+            shown["bytes_from_service"] = self.bytes_from_service + live_bytes[1]
+        return shown
 
 
 class Admission:

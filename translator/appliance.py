@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -68,7 +69,10 @@ def stack_settings(settings: Settings) -> StackSettings:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """The loop that everything runs on, and the one place to choose another implementation."""
+    """The loop that everything runs on, and the one place to choose another implementation.
+
+    uvloop made no difference to CPU per connection (2 cores, 6000 short connections through two translators).
+    """
     return asyncio.new_event_loop()
 
 
@@ -83,12 +87,24 @@ class Appliance:
         self._undo: list[Callable[[], None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._next_watch_s = 0.0
-        self._started_s = 0.0
 
     # -- coming up -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start everything or nothing. Raises Misconfigured, StackBusy or KernelRefused."""
+        """Start everything or nothing. Raises Misconfigured, StackBusy or KernelRefused.
+
+        Signals are obeyed from now on: one that comes during the start takes effect right after it.
+        """
+        self._loop.set_exception_handler(report_defect)
+        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        try:
+            await self._start()
+        except BaseException:
+            self._forget_signals()
+            raise
+
+    async def _start(self) -> None:
         settings = self._settings
         options = SocketOptions(settings.legacy.tcp_nodelay, settings.legacy.keepalive_s)
         self.admission = Admission(connection_limit(settings, raise_descriptor_limit()))
@@ -109,9 +125,6 @@ class Appliance:
             self._undo_all()
             raise
         self._undo.clear()
-        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        self._started_s = time.monotonic()
         self._sweep()
         # What exists now stays: the collector need not look at it again while clients come and go.
         gc.collect()
@@ -180,13 +193,14 @@ class Appliance:
 
     def maps(self) -> list[dict[str, object]]:
         """What `show maps` shows."""
-        now = self._loop.time()
+        now, live = self._loop.time(), self.relay.live_bytes()
         listed: list[dict[str, object]] = []
         for traffic in self.acceptor.traffic:
-            listed.append({"direction": "forward", **traffic.as_dict(), "targets": []})
+            listed.append({"direction": "forward", **traffic.as_dict(live.get(traffic)), "targets": []})
         for served in self.reverse.served:
             targets = [target.as_dict(now) for target in served.targets.targets]
-            listed.append({"direction": "reverse", **served.traffic.as_dict(), "targets": targets})
+            shown = served.traffic.as_dict(live.get(served.traffic))
+            listed.append({"direction": "reverse", **shown, "targets": targets})
         return listed
 
     def counters(self) -> dict[str, int]:
@@ -233,6 +247,10 @@ class Appliance:
 
     # -- going down ------------------------------------------------------------------------------------------
 
+    def _forget_signals(self) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(each)
+
     def _terminate(self) -> None:
         self.stop(now=self._stop_wanted.is_set())
 
@@ -269,8 +287,6 @@ class Appliance:
 
     async def _stop(self) -> None:
         """Reset what is left and remove every trace."""
-        for each in (signal.SIGTERM, signal.SIGINT):
-            self._loop.remove_signal_handler(each)
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         self.admission.on_empty = self.admission.on_room = None
@@ -280,8 +296,14 @@ class Appliance:
         self.reverse.give_up_all()
         self.relay.stop()
         await self.stack.stop()
+        self._forget_signals()
         traffic = [*self.acceptor.traffic, *(served.traffic for served in self.reverse.served)]
         log.info("stopped", served=sum(each.connections for each in traffic))
+
+
+def report_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody expected, in some callback: the others go on."""
+    log.error("a defect of the translator", what=context["message"], exc_info=context.get("exception"))
 
 
 def add_rules(table: ServiceTable, rules: tuple[ServiceRule, ...]) -> None:

@@ -7,11 +7,11 @@ import resource
 from translator.config import CONNECTION_LIMIT, Settings
 from translator.port_map import Misconfigured
 
-# The stack, BPF, logs, clients of the stack socket, and pipes of the pairs that are busy just now: the
-# splice engine does with few pipes, or none, when there are no more descriptors.
+# The stack, BPF, logs, clients of the stack socket.
 RESERVED_DESCRIPTORS = 512
-# The client's socket and the flow's.
+# The client's socket and the flow's; and while large amounts are moving, a pipe for each direction.
 DESCRIPTORS_PER_CLIENT = 2
+DESCRIPTORS_PER_BUSY_CLIENT = 6
 
 
 def raise_descriptor_limit() -> int:
@@ -25,12 +25,13 @@ def raise_descriptor_limit() -> int:
 def connection_limit(settings: Settings, descriptors: int) -> int:
     """The connection limit that fits into `descriptors`.
 
-    An explicit one that does not fit, or ports that do not, raise Misconfigured; the default one adapts.
+    The default one is lowered until all clients may be busy at once. An explicit one need only fit if most are
+    idle, which the operator may know. That, or ports, not fitting raises Misconfigured.
     """
     ports = sum(each.last_port - each.first_port + 1 for each in settings.maps)
-    fits = (descriptors - RESERVED_DESCRIPTORS - ports) // DESCRIPTORS_PER_CLIENT
-    if fits < 1:
-        needed = RESERVED_DESCRIPTORS + ports + DESCRIPTORS_PER_CLIENT
+    free = descriptors - RESERVED_DESCRIPTORS - ports
+    if free < DESCRIPTORS_PER_BUSY_CLIENT:
+        needed = RESERVED_DESCRIPTORS + ports + DESCRIPTORS_PER_BUSY_CLIENT
         raise Misconfigured(
             f"{ports} mapped ports",
             f"the process may have {descriptors} descriptors and needs at least {needed}; raise LimitNOFILE"
@@ -38,7 +39,8 @@ def connection_limit(settings: Settings, descriptors: int) -> int:
         )
     wanted = settings.limits.connections
     if wanted is None:
-        return min(CONNECTION_LIMIT, fits)
+        return min(CONNECTION_LIMIT, free // DESCRIPTORS_PER_BUSY_CLIENT)
+    fits = free // DESCRIPTORS_PER_CLIENT
     if wanted > fits:
         needed = RESERVED_DESCRIPTORS + ports + wanted * DESCRIPTORS_PER_CLIENT
         raise Misconfigured(

@@ -15,16 +15,20 @@ from translator.config import LogSection
 
 def set_up_logging(section: LogSection) -> None:
     """Configure structlog for the whole process."""
+    # The console renderer formats exceptions itself.
+    formatted = [structlog.processors.format_exc_info] if section.format == "json" else []
     time_stamp = structlog.processors.TimeStamper(fmt="iso", utc=section.format == "json")
     renderer: structlog.typing.Processor
     if section.format == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.format_exc_info,
+            *formatted,
             time_stamp,
             renderer,
         ],

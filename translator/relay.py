@@ -116,6 +116,19 @@ class Relay:
         """The engine's counters."""
         return self._engine.counters()
 
+    def live_bytes(self) -> dict[MapTraffic, tuple[int, int]]:
+        """What the live pairs of each map have carried so far, to and from the service."""
+        sums: dict[MapTraffic, tuple[int, int]] = {}
+        for pair_id, pair in self._pairs.items():
+            counters = self._engine.pair_counters(pair_id)
+            if counters is not None:
+                to_service, from_service = sums.get(pair.traffic, (0, 0))
+                sums[pair.traffic] = (
+                    to_service + counters.left_to_right_bytes,
+                    from_service + counters.right_to_left_bytes,
+                )
+        return sums
+
     def pairs(self) -> list[dict[str, Any]]:
         """Live pairs with the bytes they have carried, for `show flows`."""
         listed = []

@@ -97,6 +97,24 @@ def test_sigterm_while_clients_are_connecting(pair: Pair) -> None:
     assert ending(client) == "reset"
 
 
+def test_sigterm_during_the_start_leaves_nothing(pair: Pair) -> None:
+    forward = pair.launch(pair.near, "--map", f"{PORT}={SERVICE}")
+    wait_for(lambda: kernel_traces(pair.near), "the start to have begun")
+    assert forward.stop(signal.SIGTERM) == 0
+    assert kernel_traces(pair.near) == []
+
+
+def test_a_host_without_ipv6_serves_ipv4(pair: Pair) -> None:
+    pair.near.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+    try:
+        listener = pair.listen()
+        pair.reverse()
+        pair.forward()
+        exchange(pair.dial(), pair.accept(listener))
+    finally:
+        pair.near.sysctl("net.ipv6.conf.all.disable_ipv6", 0)
+
+
 def test_after_kill_9_a_new_one_clears_up_and_serves(pair: Pair) -> None:
     listener = pair.listen()
     reverse, forward = pair.reverse(), pair.forward()
@@ -205,6 +223,7 @@ def test_show_flows_services_and_maps(pair: Pair) -> None:
     assert "10.9.0.2" in show("services")
     (shown,) = json.loads(show("maps", "--json"))
     assert (shown["listen"], shown["active"], shown["connections"]) == (f"*:{PORT}", 1, 1)
+    assert (shown["bytes_to_service"], shown["bytes_from_service"]) == (9, 8)
     assert f"*:{PORT}" in show("maps")
     assert only_map(reverse)["targets"][0]["connections"] == 1
     client.close()
