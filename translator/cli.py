@@ -227,7 +227,7 @@ def doctor() -> None:
 @click.argument("what", type=click.Choice(show_module.TOPICS))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(what: str, as_json: bool) -> None:
-    """Print flows, services or maps of the stack that runs in this network namespace."""
+    """Print flows, services, maps or counters of the stack that runs in this network namespace."""
     show_module.show(what, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""What does a running stack have to say? `serval-translator show flows|services|maps`: tables or JSON."""
+"""What does a running stack have to say? `serval-translator show flows|services|maps|counters`: tables or JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILE_WIDTH = 200
 def show(
     what: str, *, as_json: bool, client: StackSocketClient | None = None, console: Console | None = None
 ) -> None:
-    """Print flows, services or maps. Raises StackNotRunning or RequestFailed."""
+    """Print flows, services, maps or counters. Raises StackNotRunning or RequestFailed."""
     client = client or StackSocketClient()
     console = console or new_console()
     rows = _FETCH[what](client)
@@ -142,14 +142,31 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def fetch_counters(client: StackSocketClient) -> list[dict[str, Any]]:
+    """What was counted since the start, zeros left out: packets dropped by reason, refusals of the kernel, flows."""
+    counted: dict[str, int] = client.request("counters")
+    return [{"counter": name, "value": value} for name, value in sorted(counted.items()) if value]
+
+
+def _counter_table(rows: Sequence[Row]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("counter")
+    table.add_column("value", justify="right")
+    for row in rows:
+        table.add_row(escape(row["counter"]), f"{row['value']:,}")
+    return table
+
+
 _FETCH: dict[str, Callable[[StackSocketClient], list[dict[str, Any]]]] = {
     "flows": fetch_flows,
     "services": lambda client: list(client.request("services")),
     "maps": lambda client: list(client.request("maps")),
+    "counters": fetch_counters,
 }
 _RENDER: dict[str, Callable[[Sequence[Row]], Table]] = {
     "flows": _flow_table,
     "services": _service_table,
     "maps": _map_table,
+    "counters": _counter_table,
 }
 TOPICS = tuple(_FETCH)
