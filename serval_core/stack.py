@@ -377,6 +377,7 @@ class ServalStack:
             fd = self._dataplane.open_transport(effect)
         except KernelRefused as error:
             log.error("cannot open a transport", flow=effect.flow_id, error=str(error))
+            self._dataplane.forget_expected(effect.flow_id)
             self._sal.transport_failed(effect.flow_id, error.errno, time.monotonic())
             return
         self._connections[effect.flow_id] = Connection(self, effect, fd)
@@ -411,9 +412,9 @@ class ServalStack:
 
     def _connected(self, effect: Connected) -> None:
         connection = self._connections.get(effect.flow_id)
-        pending = self._pending.pop(effect.flow_id, None)
         if connection is None:
-            return  # the transport could not be opened; ConnectFailed or FlowEnded follows
+            return  # the transport could not be opened; FlowEnded follows and tells
+        pending = self._pending.pop(effect.flow_id, None)
         if pending is None:
             connection.abort()
             return
@@ -440,6 +441,9 @@ class ServalStack:
     def _flow_ended(self, effect: FlowEnded) -> None:
         connection = self._connections.get(effect.flow_id)
         if connection is None:
+            pending = self._pending.pop(effect.flow_id, None)
+            if pending is not None:
+                pending.on_failed(effect.errno, "the kernel refused the transport")
             return
         connection.ended = True
         if connection.released:

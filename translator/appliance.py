@@ -63,6 +63,9 @@ def stack_settings(settings: Settings) -> StackSettings:
         dataplane=DataPlaneSettings(
             interfaces=stack.interfaces,
             congestion_control=stack.congestion_control,
+            virtual_network=stack.virtual_network,
+            virtual_address=stack.virtual_address,
+            peer_timeout_s=stack.peer_timeout_s,
         ),
         broadcast_resolution=stack.broadcast_resolution,
     )

@@ -21,6 +21,9 @@ Backlog = Annotated[int, Meta(ge=1, le=65_535)]
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 KeepaliveSeconds = Annotated[int, Meta(ge=0, le=KEEPALIVE_MAX_S)]
 Name = Annotated[str, Meta(min_length=1)]
+_BYTE = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
+VirtualAddress = Annotated[str, Meta(pattern=rf"^{_BYTE}(\.{_BYTE}){{3}}$", description="an IPv4 address")]
+VirtualNetwork = Annotated[str, Meta(pattern=rf"^{_BYTE}\.{_BYTE}\.0\.0$", description="the first address of a /16")]
 
 
 class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,6 +31,9 @@ class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
 
     interfaces: Annotated[tuple[Name, ...], Meta(min_length=1)] | None = None
     congestion_control: Name = "cubic"
+    virtual_network: VirtualNetwork = "100.126.0.0"  # a /16 that is used nowhere else
+    virtual_address: VirtualAddress = "100.127.255.1"  # outside it
+    peer_timeout_s: Annotated[int, Meta(ge=0, le=86_400)] = 120  # a silent host; 0: never
     broadcast_resolution: bool = True
     syn_initial_timeout_s: Seconds = 0.2
     syn_timeout_max_s: Seconds = 3.0

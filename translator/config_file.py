@@ -299,6 +299,8 @@ def _expectation(what: str, value: Any) -> str:
             _KINDS.get(kind.strip(), kind) for kind in found[1].split("|") if kind.strip() != "null"
         )
         return f"write {wanted} instead of {_toml_text(value)}"
+    if "matching regex" in what:
+        return f"{_toml_text(value)} is not what is expected here: an IPv4 address, for the network one that ends in .0.0"
     if "of length" in what:
         return "the list must not be empty" if isinstance(value, list) else "the text must not be empty"
     return what

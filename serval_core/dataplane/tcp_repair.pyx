@@ -58,6 +58,12 @@ DEF OPTION_WINDOW_SCALE = 3
 DEF OPTION_SACK_PERMITTED = 4
 DEF OPTION_TIMESTAMP = 8
 
+HINTS = {
+    "TCP_CONGESTION": "Choose one that net.ipv4.tcp_available_congestion_control lists.",
+    "connect": "The route to the virtual network is missing: something removed the devices of the stack.",
+}
+
+
 cdef int set_int(int fd, int option, int value) noexcept nogil:
     return setsockopt(fd, IPPROTO_TCP, option, &value, sizeof(value))
 
@@ -163,8 +169,8 @@ def create_established(uint32_t local_address, uint16_t local_port, uint32_t rem
     if failed is not NULL:
         error = errno
         close(fd)
-        raise KernelRefused((<bytes>failed).decode(), error,
-                            "Needs CAP_NET_ADMIN and CONFIG_CHECKPOINT_RESTORE; run `serval-translator doctor`.")
+        step = (<bytes>failed).decode()
+        raise KernelRefused(step, error, HINTS.get(step, "Needs CAP_NET_ADMIN and CONFIG_CHECKPOINT_RESTORE; run `serval-translator doctor`."))
     return fd
 
 

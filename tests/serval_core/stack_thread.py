@@ -26,9 +26,11 @@ TIMEOUT_S = 20.0
 class StackThread:
     """`ServalStack` on `host`; a context manager. Methods may be called from the test's thread."""
 
-    def __init__(self, host: Host, *, sal: SalSettings | None = None, broadcast: bool = True) -> None:
+    def __init__(
+        self, host: Host, *, sal: SalSettings | None = None, broadcast: bool = True, dataplane: DataPlaneSettings | None = None
+    ) -> None:
         self.host = host
-        self.settings = StackSettings(sal or SalSettings(), DataPlaneSettings(), broadcast)
+        self.settings = StackSettings(sal or SalSettings(), dataplane or DataPlaneSettings(), broadcast)
         self._ready: queue.Queue[BaseException | None] = queue.Queue()
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop

@@ -18,6 +18,7 @@ from lab.loss import Faults, FaultyWire
 from lab.waiting import wait_for
 from lab.wire_counter import WireCounter
 from serval_core.dataplane.devices import OWN_DEVICES
+from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.errors import KernelRefused
 from serval_core.names import parse_service
 from serval_core.rules import Rule
@@ -218,6 +219,23 @@ def test_interface_that_appears_later_is_used(lab: Lab) -> None:
         stream = outcome.get(timeout=15)
         assert isinstance(stream, Stream)
         exchange(stream, listener.accept(), 1_000_000, 1_000_000)
+
+
+def test_refusal_of_the_kernel_is_told_to_whoever_connects(wire: tuple[Host, Host]) -> None:
+    """An unknown congestion control: the transport cannot be created, on the client's side and on the server's."""
+    unknown = DataPlaneSettings(congestion_control="nosuch")
+    with StackThread(wire[0], sal=QUICK, dataplane=unknown) as client, StackThread(wire[1], sal=QUICK) as server:
+        server.listen(SERVICE)
+        with pytest.raises(FileNotFoundError):  # ENOENT is what TCP_CONGESTION says
+            client.connect(SERVICE)
+        assert_idle(client)
+    with StackThread(wire[0], sal=QUICK) as client, StackThread(wire[1], sal=QUICK, dataplane=unknown) as server:
+        listener = server.listen(SERVICE)
+        stream = client.connect(SERVICE)
+        assert stream.ended.get(timeout=10) == errno.ECONNRESET
+        stream.release()
+        assert listener.waiting() == 0
+        assert_idle(client, server)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

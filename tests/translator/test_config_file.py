@@ -136,6 +136,8 @@ def test_there_are_examples() -> None:
         ("[legacy]\nno_answer = 3\n", 2, "legacy.no_answer: write a text in quotes instead of 3"),
         ("[stack]\ninterfaces = []\n", 2, "stack.interfaces: the list must not be empty"),
         ("[stack]\ninterfaces = [\n 'a',\n 3]\n", 2, "stack.interfaces: write a text in quotes instead of 3"),
+        ("[stack]\nvirtual_network = '10.0.0.1'\n", 2, "stack.virtual_network: \"10.0.0.1\" is not what is expected"),
+        ("[stack]\nvirtual_address = '10.0.0.256'\n", 2, "stack.virtual_address: \"10.0.0.256\" is not what"),
         ("[stack]\ncongestion_control = ''\n", 2, "stack.congestion_control: the text must not be empty"),
         ("stack = 3\n", 1, "stack: write a section of its own instead of 3"),
         ("[[map]]\nlisten = 80\nservice = 'wbe'\n[services]\nweb = 1\n", 3, 'did you mean "web"?'),
