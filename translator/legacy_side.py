@@ -16,12 +16,9 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import structlog
-
 from translator.accounting import Admission, MapTraffic
+from translator.complaint import Complaint
 from translator.port_map import EVERY_ADDRESS, ForwardMap, Misconfigured, host_text
-
-log = structlog.get_logger("translator.legacy_side")
 
 # Clients taken per wake-up of the loop: above, flows and timers would wait for a flood of clients.
 ACCEPTS_PER_WAKEUP = 64
@@ -99,6 +96,8 @@ class LegacyAcceptor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepting = False
         self._wanted = False
+        self._full = Complaint()
+        self._shortage = Complaint()
         self.traffic: list[MapTraffic] = []
         self.counters = {"accept_lost_clients": 0, "accept_shortages": 0}
 
@@ -172,6 +171,10 @@ class LegacyAcceptor:
         if wanted and not self._accepting:
             self._loop.add_reader(self._epoll.fileno(), self._clients_wait)
         elif self._accepting and not wanted:
+            if self._wanted:
+                self._full.say(
+                    "the connection limit is reached: new clients wait", limit=self._admission.limit
+                )
             self._loop.remove_reader(self._epoll.fileno())
         self._accepting = wanted
 
@@ -211,7 +214,7 @@ class LegacyAcceptor:
             raise error
         # The client stays queued, so the loop would call again at once and find the same shortage.
         self.counters["accept_shortages"] += 1
-        log.warning(
+        self._shortage.say(
             "cannot take clients for now: out of descriptors or memory; lower --connection-limit or raise"
             " LimitNOFILE",
             error=str(error),

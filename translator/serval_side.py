@@ -13,44 +13,17 @@ import select
 import socket
 import time
 
-import structlog
-
 from serval_core.errors import OurMistake
 from serval_core.stack import Connection, Listener, PendingConnect, ServalStack
 from translator.accounting import Admission, MapTraffic
+from translator.complaint import Complaint
 from translator.legacy_side import Address, MappedPort, address_text
 from translator.port_map import Misconfigured, ReverseMap
 from translator.relay import Pair, Relay
 from translator.targets import Dial, Target, TargetDialer, TargetSet
 
-log = structlog.get_logger("translator.serval_side")
-
 # How long a client must have been waiting for its flow before it is watched for going away.
 WATCH_AFTER_S = 0.5
-# "No instance answers" is said at most once per map in this time.
-SILENCE_S = 10.0
-
-
-class _Complaint:
-    """Says that a map's service cannot be reached; once, then with a count after a while."""
-
-    __slots__ = ("_due_s", "_suppressed", "_traffic")
-
-    def __init__(self, traffic: MapTraffic) -> None:
-        self._traffic = traffic
-        self._due_s = 0.0
-        self._suppressed = 0
-
-    def say(self, what: str, why: str) -> None:
-        now = time.monotonic()
-        if now < self._due_s:
-            self._suppressed += 1
-            return
-        log.warning(
-            what, map=self._traffic.listen, to=self._traffic.service, why=why, unsaid=self._suppressed
-        )
-        self._due_s = now + SILENCE_S
-        self._suppressed = 0
 
 
 class ForwardPair(Pair):
@@ -106,7 +79,7 @@ class ForwardSide:
         self.connecting: set[ForwardPair] = set()
         self.failures: dict[str, int] = {}
         self._reset_unanswered = reset_unanswered
-        self._complaints: dict[MapTraffic, _Complaint] = {}
+        self._complaints: dict[MapTraffic, Complaint] = {}
 
     def client(self, client: socket.socket, address: Address, port: MappedPort) -> None:
         """A client was accepted; takes the socket."""
@@ -125,8 +98,10 @@ class ForwardSide:
         traffic = pair.traffic
         traffic.refused += 1
         if traffic not in self._complaints:
-            self._complaints[traffic] = _Complaint(traffic)
-        self._complaints[traffic].say("a client could not reach its service", why)
+            self._complaints[traffic] = Complaint()
+        self._complaints[traffic].say(
+            "a client could not reach its service", map=traffic.listen, service=traffic.service, why=why
+        )
         # A client that still sends would turn a plain close into a reset anyway; one that waits sees EOF.
         pair.end(properly=not self._reset_unanswered)
 
@@ -182,7 +157,12 @@ class ReversePair(Pair):
         """No target did."""
         self._stop_waiting()
         self.traffic.refused += 1
-        self.served.complaint.say("no target takes connections", os.strerror(code))
+        self.served.complaint.say(
+            "no target takes connections",
+            service=self.traffic.listen,
+            targets=self.traffic.service,
+            why=os.strerror(code),
+        )
         self.end(properly=False)
 
     def wait(self, dial: Dial) -> None:
@@ -221,13 +201,16 @@ class ServedPrefix:
         self.map = reverse
         self.targets = targets
         self.traffic = MapTraffic(reverse.service_text, ",".join(map(str, reverse.targets)))
-        self.complaint = _Complaint(self.traffic)
+        self.complaint = Complaint()
         self.listener: Listener | None = None
 
     def flow(self, connection: Connection) -> None:
         """The stack accepted a flow."""
         side = self.side
         if side.admission.is_full():
+            self.complaint.say(
+                "the connection limit is reached: resetting new flows", limit=side.admission.limit
+            )
             self.traffic.connections += 1
             self.traffic.refused += 1
             connection.abort()

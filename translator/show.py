@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,8 +144,14 @@ def _table(*columns: str) -> Table:
 
 
 def fetch_counters(client: StackSocketClient) -> list[dict[str, Any]]:
-    """What was counted since the start, zeros left out: packets dropped by reason, refusals of the kernel, flows."""
+    """What was counted since the start, zeros left out: packets dropped by reason, refusals of the kernel, flows.
+
+    Those of the translator itself begin with "translator_".
+    """
     counted: dict[str, int] = client.request("counters")
+    with contextlib.suppress(RequestFailed):  # another program's stack
+        own: dict[str, int] = client.request("translator_counters")
+        counted |= {f"translator_{name}": value for name, value in own.items()}
     return [{"counter": name, "value": value} for name, value in sorted(counted.items()) if value]
 
 

@@ -183,6 +183,7 @@ def test_at_the_connection_limit_clients_wait_for_their_turn(pair: Pair) -> None
     servers = [pair.accept(listener) for _ in range(2)]
     assert forward.ask("translator_counters")["clients"] == 2
     assert forward.ask("translator_counters")["connection_limit_reached"] == 1
+    assert "the connection limit is reached" in forward.log()
     assert all(is_silent(client) for client in clients[2:])
     for index in range(2):
         clients[index].close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import structlog.testing
 
 from translator.accounting import Admission
+from translator.complaint import SILENCE_S, Complaint
 from translator.config import LimitsSection, Settings
 from translator.descriptors import RESERVED_DESCRIPTORS, connection_limit
 from translator.port_map import Misconfigured, parse_map
@@ -71,3 +73,21 @@ def test_an_explicit_limit_is_obeyed_or_refused() -> None:
 def test_more_ports_than_descriptors_are_refused() -> None:
     with pytest.raises(Misconfigured, match="60000 mapped ports: the process may have 20000 descriptors"):
         connection_limit(_settings(None, "1-60000"), 20_000)
+
+
+def test_a_warning_is_said_once_and_then_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("translator.complaint.time.monotonic", lambda: now)
+    with structlog.testing.capture_logs() as lines:
+        complaint = Complaint()
+        for _ in range(4):
+            complaint.say("it burns", where="here")
+        now += SILENCE_S
+        complaint.say("it burns", where="there")
+        now += SILENCE_S
+        complaint.say("it burns")
+    assert lines == [
+        {"event": "it burns", "where": "here", "log_level": "warning"},
+        {"event": "it burns", "where": "there", "unsaid": 3, "log_level": "warning"},
+        {"event": "it burns", "log_level": "warning"},
+    ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from translator.cli import cli, collect_settings, main
 from translator.config import Settings
@@ -27,6 +29,13 @@ connections = 10
 [timeouts]
 connect_s = 3
 """
+
+
+@pytest.fixture(autouse=True)
+def logging_of_others() -> Iterator[None]:
+    """`main` sets logging up for the whole process, with the standard error of this test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
@@ -217,3 +226,29 @@ structlog.get_logger("x").warning("heard", number=3)
     wanted = '"number": 3' if form == "json" else "heard number=3"
     assert wanted in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_defect_is_logged_with_its_trace() -> None:
+    program = """
+import asyncio
+from translator.appliance import report_defect
+from translator.config import LogSection
+from translator.logging_setup import set_up_logging
+
+async def main():
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report_defect)
+    loop.call_soon(lambda: 1 / 0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    print("still running")
+
+set_up_logging(LogSection())
+asyncio.run(main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "still running\n"
+    assert "a defect of the translator" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
