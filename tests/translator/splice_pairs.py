@@ -73,12 +73,17 @@ class Relayed:
         pair_id: int = 1,
         send_bytes: int | None = None,
         receive_bytes: int | None = None,
+        narrow_right: bool = False,
         start: bool = True,
     ) -> None:
+        """`send_bytes` and `receive_bytes` size the sockets' buffers; `narrow_right` makes those of the right
+        connection as small as they get, so that a few kB fill it.
+        """
         self.engine = engine
         self.pair_id = pair_id
         self.client, self.left = tcp_connection(send_bytes, receive_bytes)
-        self.right, self.server = tcp_connection(send_bytes, receive_bytes)
+        right_sizes = (4096, 4096) if narrow_right else (send_bytes, receive_bytes)
+        self.right, self.server = tcp_connection(*right_sizes)
         self.left.setblocking(False)
         self.right.setblocking(False)
         if start:
