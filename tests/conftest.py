@@ -6,8 +6,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from lab.hosts import Lab
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_start() -> Iterator[None]:
+    """A test that runs the command line in this process configures logging to streams that end with it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,8 @@ class Appliance:
         Signals are obeyed from now on: one that comes during the start takes effect right after it.
         """
         self._loop.set_exception_handler(report_defect)
-        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal is gone
+            self._loop.add_signal_handler(number, self._terminate)
         self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
         try:
             await self._start()
@@ -251,7 +252,7 @@ class Appliance:
     # -- going down ------------------------------------------------------------------------------------------
 
     def _forget_signals(self) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             self._loop.remove_signal_handler(each)
 
     def _terminate(self) -> None:

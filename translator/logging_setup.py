@@ -36,5 +36,4 @@ def set_up_logging(section: LogSection) -> None:
             logging.getLevelNamesMapping()[section.level.upper()]
         ),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
     )
