@@ -110,11 +110,11 @@ def test_a_killed_server_ends_the_clients_transfer_with_an_error(web: Web) -> No
     client = web.chain.client.popen(command, stderr=subprocess.PIPE)
     wait_for(lambda: (web.here / "cut").exists() and (web.here / "cut").stat().st_size, "the first bytes")
     web.stop()
-    # What the server had already sent still trickles into the slow client; let it read at full speed.
     _, errors = client.communicate(timeout=60)
     assert client.returncode in (18, 56), errors
     refused = web.chain.client.run(["curl", "-sS", f"{web.url}/large"], check=False, timeout_s=10)
-    assert refused.returncode == 56, refused
+    # The reset comes so soon after the handshake that curl notices it while connecting (7) or while reading (56).
+    assert refused.returncode in (7, 56), refused
     web.server = WebServer(web.chain.server, web.there, WEB)
     digest = write_random_file(web.there / "again", 1_000_000, seed=6)
     web.run(["curl", "-sSf", "-o", web.here / "again", f"{web.url}/again"])
