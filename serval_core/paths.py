@@ -25,6 +25,7 @@ class Interface(NamedTuple):
     prefix_length: int
     broadcast_address: int
     mtu_bytes: int
+    mac: bytes = b""  # empty where the interface has none
 
 
 class PathFinder(Protocol):

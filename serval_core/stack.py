@@ -203,6 +203,7 @@ class ServalStack:
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
         stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
+        stack._loop.add_reader(stack._dataplane.neighbours.fileno(), stack._dataplane.neighbours_changed)
         stack.stack_socket.register("flows", lambda _: stack.flows())
         stack.stack_socket.register("services", lambda _: stack.table.snapshot())
         stack.stack_socket.register("counters", lambda _: stack.counters())
@@ -221,6 +222,7 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.control_fd)
         self._loop.remove_reader(self._dataplane.event_fd)
         self._loop.remove_reader(self._dataplane.monitor.fileno())
+        self._loop.remove_reader(self._dataplane.neighbours.fileno())
         if self._timer is not None:
             self._timer.cancel()
         self._dataplane.close()

@@ -82,6 +82,7 @@ class KernelPaths:
                     entry["prefixlen"],
                     parse_address(broadcast) if broadcast and not loopback else 0,
                     link.get("IFLA_MTU"),
+                    b"" if loopback else bytes.fromhex((link.get("IFLA_ADDRESS") or "").replace(":", "")),
                 )
             )
         self._interfaces = tuple(found)

@@ -30,6 +30,7 @@ from serval_core.dataplane.devices import (
     SEGMENTER,
     Devices,
 )
+from serval_core.dataplane.neighbours import Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.packet_socket import RawSocket
 from serval_core.effects import OpenTransport
@@ -46,18 +47,24 @@ DROP_REASONS = (
     "in_virtual_address",
     "in_truncated",
     "lost_event",
+    "out_late_reset",
+    "in_unknown_flow",
 )
 MAX_FLOWS = 65536
 FLOW_EXPECTED = 1
 FLOW_COMPLETE_CHECKSUM = 2
+FLOW_NEIGHBOUR_KNOWN = 4
 
 CONFIGURATION = struct.Struct("!IIHxx4s4s4s")
-FLOW = struct.Struct("!III4s4s4s12s12s")
+FLOW = struct.Struct("!III4s4s4s12s12s6s6s")
+FLOW_FLAGS = slice(20, 24)
+FLOW_MACS = slice(48, 60)
 FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
 EVENT = struct.Struct("!I4s")
 FLOW_KEY = struct.Struct("!I")
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_STATE = bytes(FLOW_STATE.size)
+NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6)
 
 
 class FlowEvent(IntEnum):
@@ -102,6 +109,7 @@ class KernelDataPlane:
         self._slots = list(range(MAX_FLOWS - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
         self._needs_checksum: dict[int, bool] = {}
+        self._own_macs: dict[int, bytes] = {}
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -117,6 +125,7 @@ class KernelDataPlane:
             self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self._inject.bind((ANCHOR_OUTER, 0))
             self.monitor = ChangeMonitor()
+            self.neighbours = Neighbours()
             self.paths = KernelPaths(self._netlink, OWN_DEVICES, self._settings.interfaces)
             self.attach_interfaces()
         except BaseException:
@@ -147,6 +156,7 @@ class KernelDataPlane:
 
     def close(self) -> None:
         self.monitor.close()
+        self.neighbours.close()
         self._inject.close()
         self._raw.close()
         self.paths.close()
@@ -164,6 +174,9 @@ class KernelDataPlane:
             self.devices.detach(index)
         for index in wanted:
             self.devices.attach(index, program)
+        self._own_macs = {
+            interface.index: interface.mac for interface in self.paths.interfaces() if len(interface.mac) == 6
+        }
         self._needs_checksum = {
             interface.index: not self._netlink.features(interface.name).get("tx-checksum-ip-generic", False)
             for interface in self.paths.interfaces()
@@ -187,9 +200,7 @@ class KernelDataPlane:
 
     def expect_data(self, flow_id: FlowID) -> None:
         """Let data for this half-open flow through to user space."""
-        value = FLOW.pack(
-            0, 0, 0, bytes(4), bytes(4), FLOW_EXPECTED.to_bytes(4, "little"), bytes(12), bytes(12)
-        )
+        value = FLOW.pack(0, 0, 0, bytes(4), bytes(4), FLOW_EXPECTED.to_bytes(4, "little"), *NO_HEADERS)
         self._flows.update(FLOW_KEY.pack(flow_id), value)
 
     def forget_expected(self, flow_id: FlowID) -> None:
@@ -228,6 +239,10 @@ class KernelDataPlane:
         slot = self._slots.pop()
         complete = not flow.peer_is_ours or self._needs_checksum.get(path.interface_index, True)
         flags = FLOW_COMPLETE_CHECKSUM if complete else 0
+        neighbour = self.neighbours.use(flow_id, (path.interface_index, path.next_hop))
+        macs = self._macs(neighbour, path.interface_index)
+        if macs:
+            flags |= FLOW_NEIGHBOUR_KNOWN
         value = FLOW.pack(
             flow.local_address,
             flow.peer_address,
@@ -237,21 +252,41 @@ class KernelDataPlane:
             flags.to_bytes(4, "little"),
             sal.data_header(flow_id, flow.peer_flow_id, sal.PROTOCOL_TCP),
             sal.data_header(flow.peer_flow_id, flow_id, sal.PROTOCOL_TCP),
+            *(macs or (bytes(6), bytes(6))),
         )
         try:
             self._states.update(slot.to_bytes(4, "little"), NO_STATE)
             self._flows.update(FLOW_KEY.pack(flow_id), value)
         except KernelRefused:
             self._slots.append(slot)
+            self.neighbours.release(flow_id)
             tcp_repair.take_down(fd)
             raise
         self._slot_of[flow_id] = slot
         return fd
 
+    def neighbours_changed(self) -> None:
+        """Carry what the kernel reports of next hops into the flows that use them."""
+        for flow_id, neighbour in self.neighbours.changes():
+            value = self._flows.get(FLOW_KEY.pack(flow_id))
+            if value is None:
+                continue
+            entry = bytearray(value)
+            macs = self._macs(neighbour, int.from_bytes(entry[12:16], "little"))
+            flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~FLOW_NEIGHBOUR_KNOWN
+            entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
+            entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
+            self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
+
+    def _macs(self, neighbour: bytes | None, interface_index: int) -> tuple[bytes, bytes] | None:
+        own = self._own_macs.get(interface_index)
+        return (neighbour, own) if neighbour and own else None
+
     def remove_flow(self, flow_id: FlowID) -> FlowCounters:
         """Take the flow out of the map: from now on nothing of it enters or leaves. Returns its final counters."""
         counters = self.flow_counters(flow_id)
         self._flows.delete(FLOW_KEY.pack(flow_id))
+        self.neighbours.release(flow_id)
         slot = self._slot_of.pop(flow_id, None)
         if slot is not None:
             self._slots.append(slot)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -283,6 +283,37 @@ def test_data_that_overtakes_the_handshake_is_not_lost(lab: Lab) -> None:
         stream.release()
         near_tcp = near.counters()
         assert near_tcp["dataplane_drop_out_not_a_flow"] == 0
+
+
+def test_next_hop_that_changes_its_mac_address_is_followed(stacks: tuple[StackThread, StackThread]) -> None:
+    """Reachable, stale, replaced (as after the failover of a gateway), unknown: data keeps arriving in each state."""
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    near, far = client.connect(SERVICE), listener.accept()
+    new_mac = "02:00:00:00:00:77"
+
+    def move() -> None:
+        server.host.run(["ip", "link", "set", "eth0", "address", new_mac])
+        client.host.run(["ip", "neigh", "replace", "10.1.0.2", "lladdr", new_mac, "dev", "eth0", "nud", "reachable"])
+
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: client.host.run(["ip", "neigh", "change", "10.1.0.2", "dev", "eth0", "nud", "stale"]),
+        move,
+        lambda: client.host.run(["ip", "neigh", "flush", "dev", "eth0"]),
+    ]
+    for change in changes:
+        change()
+        payload = os.urandom(200_000)
+        sender = threading.Thread(target=near.socket.sendall, args=(payload,))
+        sender.start()
+        received = b""
+        while len(received) < len(payload):
+            received += far.socket.recv(65536)
+        sender.join()
+        assert received == payload
+    near.abort()
+    far.release()
 
 
 @pytest.mark.parametrize("mtu", [1280, 1500, 9000])

@@ -17,6 +17,7 @@
 /* struct flow: flags */
 #define FLOW_EXPECTED 1          /* half-open: data goes up to the SAL, which completes the handshake with it */
 #define FLOW_COMPLETE_CHECKSUM 2 /* the peer or its link needs finished TCP checksums */
+#define FLOW_NEIGHBOUR_KNOWN 4     /* the MAC addresses are in the entry; else the kernel's neighbour code finds them */
 
 /* struct flow_event: kind */
 #define EVENT_FIN_ACKNOWLEDGED 1

@@ -77,6 +77,12 @@ int serval_out(struct __sk_buff *skb)
 		state->fin_end = bpf_ntohl(tcp->seq) + payload + 1;
 		state->fin_sent = 1;
 	}
+	/*
+	 * Once both FINs are through, the kernel has no socket left and answers a segment that the wire had kept or doubled with an
+	 * RST. It would kill the flow at a prototype, which obeys a TCP RST in any state.
+	 */
+	if ((flags & TCP_FLAG_RST) && state->fin_acknowledged && state->fin_received)
+		return drop(DROP_OUT_LATE_RESET);
 	if ((flags & TCP_FLAG_RST) && !state->reset_sent) {
 		state->reset_sent = 1;
 		tell(id, EVENT_RESET_SENT);
@@ -133,6 +139,11 @@ int serval_insert(struct __sk_buff *skb)
 	__sync_fetch_and_add(&state->out.packets, 1);
 	__sync_fetch_and_add(&state->out.bytes, length);
 
+	if (flow->flags & FLOW_NEIGHBOUR_KNOWN) {
+		__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
+		__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
+		return bpf_redirect(flow->ifindex, 0);
+	}
 	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
 	struct bpf_redir_neigh neighbour;
 	__builtin_memset(&neighbour, 0, sizeof(neighbour));
@@ -191,6 +202,8 @@ int serval_in(struct __sk_buff *skb)
 		state->fin_acknowledged = 1;
 		tell(id, EVENT_FIN_ACKNOWLEDGED);
 	}
+	if (tcp->fin)
+		state->fin_received = 1;
 	__sync_fetch_and_add(&state->in.packets, 1);
 	__sync_fetch_and_add(&state->in.bytes, length);
 
@@ -252,7 +265,10 @@ int serval_control(struct __sk_buff *skb)
 	if (sal.length_words != SAL_HEADER_WORDS)
 		return skb->len;
 	__be32 id = sal.destination_flow;
-	return bpf_map_lookup_elem(&flows, &id) ? skb->len : 0;
+	if (bpf_map_lookup_elem(&flows, &id))
+		return skb->len;
+	count_drop(DROP_IN_UNKNOWN_FLOW);
+	return 0;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -36,6 +36,8 @@ struct flow {
 	__u32 flags;
 	struct sal_header header_out; /* of every data packet we send */
 	struct sal_header header_in;  /* of every data packet we accept */
+	__u8 neighbour_mac[6];	      /* with FLOW_NEIGHBOUR_KNOWN */
+	__u8 own_mac[6];
 };
 
 struct direction_counters {
@@ -52,7 +54,8 @@ struct flow_state {
 	__u8 padding_out[42];
 	struct direction_counters in;
 	__u8 fin_acknowledged;
-	__u8 padding_in[47];
+	__u8 fin_received;
+	__u8 padding_in[46];
 };
 
 struct flow_event {

@@ -16,6 +16,8 @@ from serval_core.dataplane.kernel import (
     FLOW,
     FLOW_COMPLETE_CHECKSUM,
     FLOW_EXPECTED,
+    FLOW_FLAGS,
+    FLOW_NEIGHBOUR_KNOWN,
     FLOW_STATE,
     NO_STATE,
     OBJECT_FILE,
@@ -71,6 +73,8 @@ def flows(programs: BpfObject) -> None:
                 struct.pack("=I", flags),
                 sal.data_header(flow_id, PEER_FLOW, 6),
                 sal.data_header(PEER_FLOW, flow_id, 6),
+                bytes.fromhex("0200000000bb"),
+                bytes.fromhex("0200000000aa"),
             ),
         )
 
@@ -220,6 +224,17 @@ def test_insert_puts_the_header_before_tcp(programs: BpfObject) -> None:
     assert result[14:].hex() == ipv4.emit(US, PEER, 144, sal.data_header(OUR_FLOW, PEER_FLOW, 6) + body).hex()
 
 
+def test_insert_writes_the_addresses_it_knows(programs: BpfObject) -> None:
+    """The next hop is reachable: its address and ours are in the entry, and no neighbour is looked up."""
+    key = struct.pack("!I", OUR_FLOW)
+    entry = bytearray(programs.map("flows").get(key) or b"")
+    entry[FLOW_FLAGS] = struct.pack("=I", FLOW_NEIGHBOUR_KNOWN)
+    programs.map("flows").update(key, bytes(entry))
+    packet = ETHERNET + ipv4.emit(US, PEER, 6, segment(US, PEER, (0, 0)))
+    verdict, result, _ = programs.test_run("serval_insert", packet, struct.unpack("=I", key)[0])
+    assert (verdict, result[:14].hex()) == (TC_REDIRECT, "0200000000bb0200000000aa0800")
+
+
 def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> None:
     """FIN leaves with sequence 1000 and 5 bytes; only an acknowledgement of 1006 is the one, and it is told once."""
     events = programs.ring_buffer("flow_events")
@@ -243,3 +258,29 @@ def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> N
             == TC_REDIRECT
         )
     assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 2))]
+
+
+def test_reset_after_both_fins_stays_here(programs: BpfObject) -> None:
+    """The kernel answers a late segment so when it has forgotten the connection; the flow ended well."""
+    events = programs.ring_buffer("flow_events")
+    events.take()
+    before = drops(programs)["out_late_reset"]
+    programs.test_run("serval_out", from_socket(OUR_FLOW, flags=tcp_segment.FIN | tcp_segment.ACK))
+    wire = on_wire(PEER_FLOW, OUR_FLOW)
+    flags = 14 + 20 + 12 + 13
+    acknowledged = 14 + 20 + 12 + 8
+    reset = from_socket(OUR_FLOW, flags=tcp_segment.RST, payload=b"")
+    programs.test_run("serval_in", changed(wire, flags, bytes([tcp_segment.FIN | tcp_segment.ACK])))
+    assert programs.test_run("serval_out", reset)[0] == TC_REDIRECT, "our FIN is not through"
+    programs.test_run("serval_in", changed(wire, acknowledged, struct.pack("!I", 1006)))
+    assert programs.test_run("serval_out", reset)[0] == TC_SHOT
+    assert drops(programs)["out_late_reset"] == before + 1
+
+
+@pytest.mark.parametrize(("flow_id", "passed"), [(OUR_FLOW, True), (HALF_OPEN, True), (UNKNOWN, False)])
+def test_raw_socket_gets_data_of_known_flows_only(programs: BpfObject, flow_id: int, passed: bool) -> None:
+    before = drops(programs)["in_unknown_flow"]
+    packet = on_wire(PEER_FLOW, flow_id)
+    # A socket filter is run on what lies behind the Ethernet header.
+    assert bool(programs.test_run("serval_control", packet)[0]) == passed
+    assert drops(programs)["in_unknown_flow"] == before + (not passed)
