@@ -25,6 +25,7 @@ from splice_pairs import (
     reset,
     send_until_stuck,
     take_completions,
+    unacknowledged_bytes,
 )
 
 from serval_core.errors import OurMistake
@@ -33,12 +34,17 @@ from translator.splice_engine import CompletionReason, SpliceEngine
 from translator.splice_types import COPY_BYTES, COUNTER_NAMES, IDLE_PIPES
 
 
-def fill_a_pipe(pair: Relayed, data: bytes) -> int:
-    """Send through a pair with a narrow right side. The first COPY_BYTES of a stream are copied, so these are
-    taken out at the other end; more than the narrow sockets hold follows. How many bytes are still to come at
-    the server."""
+def start_with_full_pipe(pair: Relayed, data: bytes) -> int:
+    """Start a pair with a narrow right side while all of `data` waits in its left socket.
+
+    The first COPY_BYTES of a stream are copied, so these are taken out at the server; more than the narrow sockets
+    hold follows through a pipe. How many bytes are still to come at the server.
+    """
     pair.client.sendall(data)
+    eventually(lambda: unacknowledged_bytes(pair.client) == 0, "all is in the left socket")
+    pair.start()
     taken = len(receive_exactly(pair.server, COPY_BYTES + 1))
+    eventually(lambda: pair.counters().left_to_right_held_bytes > 0, "a full pipe")
     return len(data) - taken
 
 
@@ -132,9 +138,12 @@ def test_pipes_are_lent_only_while_bytes_are_pending(engine_class: type[SpliceEn
 def test_more_pipes_than_the_pool_keeps_are_closed_again(engine_class: type[SpliceEngine]) -> None:
     count = IDLE_PIPES + 8
     with engine_class() as engine, contextlib.ExitStack() as stack:
-        pairs = [stack.enter_context(Relayed(engine, number, narrow_right=True)) for number in range(count)]
-        rest = [fill_a_pipe(pair, bytes(60_000)) for pair in pairs]
-        eventually(lambda: engine.counters()["pipes_lent"] == count, "each pair holds bytes in a pipe")
+        pairs = [
+            stack.enter_context(Relayed(engine, number, narrow_right=True, start=False))
+            for number in range(count)
+        ]
+        rest = [start_with_full_pipe(pair, bytes(60_000)) for pair in pairs]
+        assert engine.counters()["pipes_lent"] == count
         for pair, missing in zip(pairs, rest, strict=True):
             receive_exactly(pair.server, missing)
         eventually(lambda: engine.counters()["pipes_lent"] == 0, "all came back")
@@ -149,9 +158,9 @@ def test_bytes_in_a_pipe_never_reach_another_connection(engine_class: type[Splic
     with engine_class() as engine:
         for generation in range(10):
             stamp = bytes((65 + generation,))
-            with Relayed(engine, 1000 + generation, narrow_right=True) as dying:
-                fill_a_pipe(dying, stamp * 60_000)
-                eventually(lambda: engine.counters()["pipes_lent"] == 1, "a full pipe")
+            with Relayed(engine, 1000 + generation, narrow_right=True, start=False) as dying:
+                start_with_full_pipe(dying, stamp * 60_000)
+                assert engine.counters()["pipes_lent"] == 1
                 reset(dying.server)
                 assert dying.completion().reason is CompletionReason.RIGHT_RESET
             with Relayed(engine, generation) as living:
