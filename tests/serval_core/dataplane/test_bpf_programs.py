@@ -281,6 +281,6 @@ def test_reset_after_both_fins_stays_here(programs: BpfObject) -> None:
 def test_raw_socket_gets_data_of_known_flows_only(programs: BpfObject, flow_id: int, passed: bool) -> None:
     before = drops(programs)["in_unknown_flow"]
     packet = on_wire(PEER_FLOW, flow_id)
-    # A socket filter is run on what lies behind the Ethernet header.
+    # The test run takes the Ethernet header away, as the kernel does before a raw socket's filter.
     assert bool(programs.test_run("serval_control", packet)[0]) == passed
     assert drops(programs)["in_unknown_flow"] == before + (not passed)
