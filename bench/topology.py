@@ -7,6 +7,7 @@ The middle host also routes IP for the direct path. Services: a sink for streams
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,10 @@ class Topology:
         for host in (self.client, self.middle, self.server):
             for key, value in SYSCTLS.items():
                 host.sysctl(key, value)
+        # As RSS does on a network card: the receiver's work is not done by the sender's CPU. For all contenders alike.
+        every_cpu = f"{(1 << (os.cpu_count() or 1)) - 1:x}"
+        for host, interface in self.shaped_interfaces():
+            host.run(["sh", "-c", f"echo {every_cpu} > /sys/class/net/{interface}/queues/rx-0/rps_cpus"])
         self.middle_address = self.middle.address("eth0")
         self.server_address = self.server.address()
         self._serve()
