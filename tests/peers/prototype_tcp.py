@@ -268,7 +268,9 @@ class PrototypeTcp:
 
     def _resend_first(self, now: float) -> None:
         self._timed = None
-        self._send_at(self._acknowledged, min(self._segment_bytes, self._end - self._acknowledged), now)
+        # What was never sent might not fit the peer's window, and the peer ignores all that lies behind.
+        sent_bytes = min(self._furthest, self._end) - self._acknowledged
+        self._send_at(self._acknowledged, min(self._segment_bytes, sent_bytes), now)
 
     def _send_at(self, position: int, size: int, now: float) -> None:
         payload = bytes(self._data[position - 1 : position - 1 + size])

@@ -126,6 +126,15 @@ def test_a_closed_window_is_probed_until_it_opens() -> None:
     assert sender.everything_acknowledged
 
 
+def test_what_is_sent_again_still_fits_the_window() -> None:
+    tcp = PrototypeTcp(1, peer_syn(5), bytearray().extend, 0.5)
+    tcp.set_unscaled_window(1000)
+    tcp.write(bytes(5000), 0.0)
+    assert [len(segment.payload) for segment in tcp.take_output()] == [1000]
+    tcp.handle_timeout(0.5)
+    assert [len(segment.payload) for segment in tcp.take_output()] == [1000]
+
+
 def test_a_silent_peer_is_given_up_on() -> None:
     pair = Pair(1, 1.0)
     pair.ends[0].write(b"hello", 0.0)
