@@ -13,8 +13,9 @@ import socket
 import threading
 
 from bench.stream import drain
+from serval_core.connection import Connection
 from serval_core.names import parse_service
-from serval_core.stack import Connection, ServalStack, StackSettings
+from serval_core.stack import ServalStack, StackSettings
 
 RECEIVE_TIMEOUT_S = 60.0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from serval_core.connection import Connection, Listener, OnAccept, OnConnected, OnFailed, PendingConnect
 from serval_core.dataplane import tcp_repair
 from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
 from serval_core.effects import (
@@ -51,10 +52,6 @@ BATCH_PACKETS = 64
 END_OF_STREAM_GRACE_S = 1.0
 READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
 
-OnAccept = Callable[["Connection"], None]
-OnConnected = Callable[["Connection"], None]
-OnFailed = Callable[[int, str], None]
-
 
 @dataclass(frozen=True)
 class StackSettings:
@@ -63,84 +60,6 @@ class StackSettings:
     sal: SalSettings = field(default_factory=SalSettings)
     dataplane: DataPlaneSettings = field(default_factory=DataPlaneSettings)
     broadcast_resolution: bool = True
-
-
-class Connection:
-    """An open Serval flow. `fd` is a nonblocking kernel TCP socket that belongs to the stack: borrow it, never close it.
-
-    Finish with exactly one of `release()` (both directions are done: the write side was shut down, EOF was read) or `abort()`
-    (reset towards the peer). `on_ended(errno)`, if set, tells that the flow ended at the SAL before that.
-    """
-
-    __slots__ = ("_stack", "ended", "fd", "flow_id", "on_ended", "peer_address", "released", "service_id")
-
-    def __init__(self, stack: ServalStack, flow: OpenTransport, fd: int) -> None:
-        self._stack = stack
-        self.flow_id = flow.flow_id
-        self.peer_address = flow.peer_address
-        self.service_id: ServiceID | None = None
-        self.fd = fd
-        self.on_ended: Callable[[int], None] | None = None
-        self.released = False
-        self.ended = False
-
-    def release(self) -> None:
-        """The application is finished with both directions. The fd must not be used any more."""
-        if not self.released:
-            self.released = True
-            self._stack._released(self)
-
-    def abort(self) -> None:
-        """End the flow with a reset. The fd must not be used any more."""
-        if not self.released:
-            self.released = True
-            self._stack._aborted(self)
-
-    def counters(self) -> FlowCounters:
-        """Packets and bytes of this flow on the wire."""
-        return self._stack._dataplane.flow_counters(self.flow_id)
-
-
-class PendingConnect:
-    """A connect() that has not been decided yet."""
-
-    __slots__ = ("_stack", "flow_id", "on_connected", "on_failed", "service_id")
-
-    def __init__(
-        self,
-        stack: ServalStack,
-        flow_id: FlowID,
-        service_id: ServiceID,
-        on_connected: OnConnected,
-        on_failed: OnFailed,
-    ) -> None:
-        self._stack = stack
-        self.flow_id = flow_id
-        self.service_id = service_id
-        self.on_connected = on_connected
-        self.on_failed = on_failed
-
-    def cancel(self) -> None:
-        """Give up; neither callback will be called. Does nothing once it was decided."""
-        self._stack._cancelled(self)
-
-
-class Listener:
-    """A serviceID prefix on which this stack accepts flows."""
-
-    __slots__ = ("_stack", "listener_id", "on_accept", "prefix")
-
-    def __init__(
-        self, stack: ServalStack, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept
-    ) -> None:
-        self._stack = stack
-        self.listener_id = listener_id
-        self.prefix = prefix
-        self.on_accept = on_accept
-
-    def close(self) -> None:
-        """Stop accepting; flows that were accepted live on."""
-        self._stack._close_listener(self)
 
 
 class ServalStack:
@@ -249,6 +168,10 @@ class ServalStack:
         self._loop.call_soon(self._run_effects)
         return pending
 
+    def flow_counters(self, flow_id: FlowID) -> FlowCounters:
+        """Packets and bytes of a flow on the wire."""
+        return self._dataplane.flow_counters(flow_id)
+
     def flows(self) -> list[dict[str, object]]:
         """All flows with their states and wire counters, for `show flows`."""
         listed = self._sal.flows()
@@ -272,7 +195,8 @@ class ServalStack:
             "open_transports": len(self._connections),
         }
 
-    def _released(self, connection: Connection) -> None:
+    def connection_released(self, connection: Connection) -> None:
+        """Owner: both directions are finished; the SAL closes, then the socket goes down."""
         if connection.ended:
             self._forget(connection)
             return
@@ -280,19 +204,22 @@ class ServalStack:
         self._sal.release(FlowID(connection.flow_id), time.monotonic())
         self._run_effects()
 
-    def _aborted(self, connection: Connection) -> None:
+    def connection_aborted(self, connection: Connection) -> None:
+        """Owner: end the flow with a reset."""
         if connection.ended:
             self._forget(connection)
             return
         self._sal.abort(FlowID(connection.flow_id), time.monotonic())
         self._run_effects()
 
-    def _cancelled(self, pending: PendingConnect) -> None:
+    def connect_cancelled(self, pending: PendingConnect) -> None:
+        """Owner: nobody waits for this connect any more."""
         if self._pending.pop(pending.flow_id, None) is not None:
             self._sal.cancel_connect(pending.flow_id, time.monotonic())
             self._run_effects()
 
-    def _close_listener(self, listener: Listener) -> None:
+    def listener_closed(self, listener: Listener) -> None:
+        """Owner: accept no more on this prefix."""
         if self._listeners.pop(listener.listener_id, None) is not None:
             self._sal.close_listener(listener.listener_id, time.monotonic())
             self._run_effects()

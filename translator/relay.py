@@ -13,8 +13,8 @@ from typing import Any
 
 import structlog
 
+from serval_core.connection import Connection
 from serval_core.errors import ServalError
-from serval_core.stack import Connection
 from translator.accounting import Admission, MapTraffic
 from translator.legacy_side import reset
 from translator.splice_engine import Completion, CompletionReason, SpliceEngine

@@ -13,8 +13,9 @@ import select
 import socket
 import time
 
+from serval_core.connection import Connection, Listener, PendingConnect
 from serval_core.errors import OurMistake
-from serval_core.stack import Connection, Listener, PendingConnect, ServalStack
+from serval_core.stack import ServalStack
 from translator.accounting import Admission, MapTraffic
 from translator.complaint import Complaint
 from translator.legacy_side import Address, MappedPort, address_text

@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from lab.hosts import Host
+from serval_core.connection import Connection, Listener
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.names import parse_address, parse_service
 from serval_core.rules import Rule
 from serval_core.sal_settings import SalSettings
-from serval_core.stack import Connection, Listener, ServalStack, StackSettings
+from serval_core.stack import ServalStack, StackSettings
 
 T = TypeVar("T")
 TIMEOUT_S = 20.0

@@ -1,0 +1,114 @@
+"""What does a program hold of the stack? Connections, connects under way, listeners: handles, each with one owner.
+
+They know nothing but their owner, the stack, which does the work. All calls and callbacks are made on the stack's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from serval_core.dataplane.kernel import FlowCounters
+from serval_core.effects import OpenTransport
+from serval_core.names import FlowID, ServiceID, ServicePrefix
+
+OnAccept = Callable[["Connection"], None]
+OnConnected = Callable[["Connection"], None]
+OnFailed = Callable[[int, str], None]
+
+
+class Owner(Protocol):
+    """What the handles ask of the stack."""
+
+    def connection_released(self, connection: Connection) -> None:
+        """The application is finished with it."""
+
+    def connection_aborted(self, connection: Connection) -> None:
+        """The application wants it reset."""
+
+    def connect_cancelled(self, pending: PendingConnect) -> None:
+        """The application gave up waiting."""
+
+    def listener_closed(self, listener: Listener) -> None:
+        """The application accepts no more."""
+
+    def flow_counters(self, flow_id: FlowID) -> FlowCounters:
+        """Packets and bytes on the wire."""
+
+
+class Connection:
+    """An open Serval flow. `fd` is a nonblocking kernel TCP socket that belongs to the stack: borrow it, never close it.
+
+    Finish with exactly one of `release()` (both directions are done: the write side was shut down, EOF was read) or `abort()`
+    (reset towards the peer). `on_ended(errno)`, if set, tells that the flow ended at the SAL before that.
+    """
+
+    __slots__ = ("_owner", "ended", "fd", "flow_id", "on_ended", "peer_address", "released", "service_id")
+
+    def __init__(self, owner: Owner, flow: OpenTransport, fd: int) -> None:
+        self._owner = owner
+        self.flow_id = flow.flow_id
+        self.peer_address = flow.peer_address
+        self.service_id: ServiceID | None = None
+        self.fd = fd
+        self.on_ended: Callable[[int], None] | None = None
+        self.released = False
+        self.ended = False
+
+    def release(self) -> None:
+        """The application is finished with both directions. The fd must not be used any more."""
+        if not self.released:
+            self.released = True
+            self._owner.connection_released(self)
+
+    def abort(self) -> None:
+        """End the flow with a reset. The fd must not be used any more."""
+        if not self.released:
+            self.released = True
+            self._owner.connection_aborted(self)
+
+    def counters(self) -> FlowCounters:
+        """Packets and bytes of this flow on the wire."""
+        return self._owner.flow_counters(self.flow_id)
+
+
+class PendingConnect:
+    """A connect() that has not been decided yet."""
+
+    __slots__ = ("_owner", "flow_id", "on_connected", "on_failed", "service_id")
+
+    def __init__(
+        self,
+        owner: Owner,
+        flow_id: FlowID,
+        service_id: ServiceID,
+        on_connected: OnConnected,
+        on_failed: OnFailed,
+    ) -> None:
+        self._owner = owner
+        self.flow_id = flow_id
+        self.service_id = service_id
+        self.on_connected = on_connected
+        self.on_failed = on_failed
+
+    def cancel(self) -> None:
+        """Give up; neither callback will be called. Does nothing once it was decided."""
+        self._owner.connect_cancelled(self)
+
+
+class Listener:
+    """A serviceID prefix on which this stack accepts flows."""
+
+    __slots__ = ("_owner", "listener_id", "on_accept", "prefix")
+
+    def __init__(
+        self, owner: Owner, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept
+    ) -> None:
+        self._owner = owner
+        self.listener_id = listener_id
+        self.prefix = prefix
+        self.on_accept = on_accept
+
+    def close(self) -> None:
+        """Stop accepting; flows that were accepted live on."""
+        self._owner.listener_closed(self)
