@@ -14,8 +14,7 @@ build=(gcc:gcc /usr/include/stdlib.h:libc6-dev clang:clang llvm-objdump:llvm
 demo=("${build[@]}" ip:iproute2 ethtool:ethtool nft:nftables curl:curl)
 test=("${demo[@]}" wget:wget nc:netcat-openbsd sshd:openssh-server scp:openssh-client git:git iperf3:iperf3
     redis-server:redis-server redis-benchmark:redis-tools /usr/lib/postgresql:postgresql wrk:wrk
-    haproxy:haproxy socat:socat nginx:nginx-light /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
-    tshark:tshark bpftool:bpftool)
+    haproxy:haproxy socat:socat nginx:nginx-light /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream)
 
 present() {
     case $1 in
@@ -52,7 +51,7 @@ python_packages() {
 }
 
 install() {
-    local policy=/usr/sbin/policy-rc.d status=0
+    local policy=/usr/sbin/policy-rc.d
     echo "installing Debian packages: $*"
     export DEBIAN_FRONTEND=noninteractive
     # A web server or database that a package starts by itself has no business on this machine.
