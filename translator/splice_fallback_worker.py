@@ -216,6 +216,8 @@ class Worker:
         with self._lock:
             batch, self._submitted = self._submitted, {}
             stopping = self._stopping
+        # Pairs that were added since poll() returned must not be older than their add().
+        self._mover.now_s = time.monotonic()
         for pair in batch:
             if pair.cancel_wanted:
                 self._complete(pair, CompletionReason.CANCELLED)

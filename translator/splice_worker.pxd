@@ -198,6 +198,8 @@ cdef inline bint take_submissions(Worker *worker) noexcept nogil:
     stopping = worker.stopping
     move_all(&worker.submitted, &batch)
     pthread_mutex_unlock(&worker.mutex)
+    # Pairs that were added since epoll_wait returned must not be older than their add().
+    worker.now_ns = monotonic_ns()
     while True:
         # cancel() looks at `queued` and sets cancel_wanted while we do this, hence the lock.
         pthread_mutex_lock(&worker.mutex)

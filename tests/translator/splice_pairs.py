@@ -20,6 +20,8 @@ from typing import Self
 from translator.splice_engine import Completion, PairCounters, SpliceEngine
 
 PATIENCE_S = 20.0
+# Linux values that the socket module does not have.
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:
@@ -44,16 +46,23 @@ def take_completions(engine: SpliceEngine, count: int = 1) -> list[Completion]:
 
 
 def tcp_connection(
-    send_bytes: int | None = None, receive_bytes: int | None = None
+    send_bytes: int | None = None, receive_bytes: int | None = None, forced_bytes: int | None = None
 ) -> tuple[socket.socket, socket.socket]:
-    """Two ends of a loopback connection; the sizes are SO_SNDBUF and SO_RCVBUF of both."""
+    """Two ends of a loopback connection; SO_SNDBUF and SO_RCVBUF of both. `forced_bytes` sets both beyond the
+    system's limit, which needs root.
+    """
+    options = {
+        socket.SO_SNDBUF: send_bytes,
+        socket.SO_RCVBUF: receive_bytes,
+        SO_SNDBUFFORCE: forced_bytes,
+        SO_RCVBUFFORCE: forced_bytes,
+    }
     with socket.socket() as listener:
         client = socket.socket()
         for each in (listener, client):
-            if send_bytes is not None:
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-            if receive_bytes is not None:
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+            for option, value in options.items():
+                if value is not None:
+                    each.setsockopt(socket.SOL_SOCKET, option, value)
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
         client.connect(listener.getsockname())
@@ -73,17 +82,18 @@ class Relayed:
         pair_id: int = 1,
         send_bytes: int | None = None,
         receive_bytes: int | None = None,
+        forced_bytes: int | None = None,
         narrow_right: bool = False,
         start: bool = True,
     ) -> None:
-        """`send_bytes` and `receive_bytes` size the sockets' buffers; `narrow_right` makes those of the right
+        """The sizes are those of tcp_connection, for both connections; `narrow_right` makes those of the right
         connection as small as they get, so that a few kB fill it.
         """
         self.engine = engine
         self.pair_id = pair_id
-        self.client, self.left = tcp_connection(send_bytes, receive_bytes)
-        right_sizes = (4096, 4096) if narrow_right else (send_bytes, receive_bytes)
-        self.right, self.server = tcp_connection(*right_sizes)
+        sizes = (send_bytes, receive_bytes, forced_bytes)
+        self.client, self.left = tcp_connection(*sizes)
+        self.right, self.server = tcp_connection(*((4096, 4096, None) if narrow_right else sizes))
         self.left.setblocking(False)
         self.right.setblocking(False)
         if start:

@@ -18,9 +18,11 @@ from splice_pairs import (
     receive_exactly,
     send_until_stuck,
     take_completions,
+    unacknowledged_bytes,
 )
 
 from translator.splice_engine import CompletionReason, SpliceEngine
+from translator.splice_types import BUDGET_BYTES, COPY_BYTES
 
 
 @pytest.mark.parametrize("pipe_bytes", [1 << 20, 64 << 10, 4096, 0])
@@ -159,13 +161,33 @@ def test_a_blocked_destination_does_not_hold_up_other_pairs(engine_class: type[S
         assert len(receive_all(blocked.server)) == sent
 
 
-def test_an_endless_stream_gives_others_their_turn(engine_class: type[SpliceEngine]) -> None:
-    """More than the byte budget waits in the source: the direction is served again without a new event."""
-    with engine_class() as engine, Relayed(engine, receive_bytes=4 << 20, send_bytes=4 << 20) as pair:
-        received = Receiver(pair.server)
-        sent = Sender(pair.client, 60_000_000, seed=9)
-        assert received.digest() == sent.digest
-        eventually(lambda: engine.counters()["left_to_right_bytes"] == 60_000_000, "all counted")
+def test_more_than_the_byte_budget_takes_several_turns(engine_class: type[SpliceEngine]) -> None:
+    """No event announces the rest of what waits in the source: the engine has to come back to it by itself."""
+    data = random.Random(9).randbytes(3 * BUDGET_BYTES)
+    with engine_class() as engine, Relayed(engine, forced_bytes=4 * BUDGET_BYTES, start=False) as pair:
+        pair.client.sendall(data)
+        eventually(lambda: unacknowledged_bytes(pair.client) == 0, "all is in the left socket")
+        pair.start()
+        assert receive_exactly(pair.server, len(data)) == data
+        assert engine.counters()["budget_used_up"] >= 2
+
+
+def test_small_messages_are_copied_again_after_a_large_one(engine_class: type[SpliceEngine]) -> None:
+    with engine_class() as engine, Relayed(engine) as pair:
+
+        def exchange(size: int) -> None:
+            pair.client.sendall(bytes(size))
+            receive_exactly(pair.server, size)
+
+        def exchanges_without_splicing() -> bool:
+            before = engine.counters()["splice_calls"]
+            for _ in range(10):
+                exchange(10)
+            return engine.counters()["splice_calls"] == before
+
+        exchange(COPY_BYTES * 8)
+        assert engine.counters()["splice_calls"] > 0
+        eventually(exchanges_without_splicing, "back to copying")
 
 
 @pytest.mark.parametrize("around_bytes", [10, 200_000])
