@@ -16,6 +16,7 @@ from bench.machine import facts
 from bench.report import summarize, table, write_json, write_plot
 from bench.run import FULL, QUICK, run
 
+BUSY_SHARE_MAX = 0.1
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,6 +46,11 @@ def main() -> int:
     console.print(table(summary))
     for name, why in results.absent.items():
         console.print(f"absent: {name}: {why}")
+    if results.idle_busy_share > BUSY_SHARE_MAX:
+        console.print(
+            f"[yellow]The machine was not idle:[/] others used {results.idle_busy_share:.2f} CPUs before the run. "
+            "Do not trust CPU-s/GB, and repeat the run for the other figures."
+        )
     for failure, times in Counter(results.failures).items():
         console.print(f"[red]failed[/] ({times} x): {escape(failure)}")
     arguments.results.mkdir(parents=True, exist_ok=True)

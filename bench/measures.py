@@ -77,7 +77,7 @@ def throughput(contender: Contender, duration_s: float, idle_share: float) -> Th
     where: list[Argument] = [contender.address, STREAM_PORT, str(duration_s)]
     command = [sys.executable, "-m", "bench.stream", "send", *where]
     seen = json.loads(contender.topology.client.run(command, cwd=PROJECT, timeout_s=60).stdout)
-    cpu_s = max(0.0, seen["busy_s"] - idle_share * seen["elapsed_s"])
+    cpu_s = seen["busy_s"] - idle_share * seen["elapsed_s"]
     return Throughput(8 * seen["bytes"] / seen["seconds"], seen["bytes"], cpu_s, seen["stolen_s"])
 
 
