@@ -194,7 +194,11 @@ cdef inline void delivered(Worker *worker, Pair *pair, int index, uint64_t count
 
 
 cdef inline bint deliver(Worker *worker, Pair *pair, int index) noexcept nogil:
-    """Write what the direction holds. True when nothing is held any more."""
+    """Write what the direction holds. True when nothing is held any more.
+
+    SPLICE_F_MORE is never set: whether more is queued is not known here, and a wrong guess delays the last segment.
+    Between the pages of one splice the kernel sets it by itself.
+    """
     cdef Direction *direction = &pair.directions[index]
     cdef Endpoint *destination = &pair.ends[1 - index]
     cdef ssize_t count

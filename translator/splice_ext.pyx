@@ -270,7 +270,7 @@ cdef class SpliceEngine:
     def pair_counters(self, int64_t pair_id):
         """Where a pair stands, or None when it is unknown (its completion has been taken).
 
-        Read while the thread works on it: each number is right, together they need not be from one instant.
+        Read while the thread works on it, without a lock: the numbers need not be from one instant.
         """
         cdef Pair *pair = self.find(pair_id)
         cdef int side
@@ -286,8 +286,8 @@ cdef class SpliceEngine:
         return PairCounters(
             pair.directions[0].delivered_bytes,
             pair.directions[1].delivered_bytes,
-            held_bytes(&pair.directions[0]),
-            held_bytes(&pair.directions[1]),
+            max(<int64_t> held_bytes(&pair.directions[0]), 0),
+            max(<int64_t> held_bytes(&pair.directions[1]), 0),
             STATE_OBJECTS[states[0]],
             STATE_OBJECTS[states[1]],
             ((pair.completed_ns or monotonic_ns()) - pair.added_ns) / 1e9,

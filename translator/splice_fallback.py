@@ -181,7 +181,7 @@ class SpliceEngine:
     def pair_counters(self, pair_id: int) -> PairCounters | None:
         """Where a pair stands, or None when it is unknown (its completion has been taken).
 
-        Read while the thread works on it: each number is right, together they need not be from one instant.
+        Read while the thread works on it, without a lock: the numbers need not be from one instant.
         """
         pair = self._pairs.get(pair_id)
         if pair is None:

@@ -96,27 +96,33 @@ class Worker:
         # Signals are for the main thread. SIGPIPE, which splice(2) to a dead socket raises, stays blocked
         # here.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        stopping = False
-        while not stopping:
-            events = self._epoll.poll(self._next_wait_s(), EVENTS_AT_ONCE)
-            self.counters["wakeups"] += 1
-            self._mover.now_s = time.monotonic()
-            woken = False
-            for fd, flags in events:
-                if fd == self._wake_fd:
-                    woken = True
-                else:
-                    self._note_event(fd, flags)
-            self._serve_ready()
-            if woken:
-                stopping = self._take_submissions()
-            self._check_lingering()
-            self._expire()
+        try:
+            while self._round():
+                continue
+        finally:
+            # Also when the thread dies of a programming error: its pairs must not be lost with it.
+            for timer in self._timers:
+                while timer:
+                    self._complete(next(iter(timer)), CompletionReason.CANCELLED)
             self._hand_over()
-        for timer in self._timers:
-            while timer:
-                self._complete(next(iter(timer)), CompletionReason.CANCELLED)
+
+    def _round(self) -> bool:
+        """Wait for events and work them off. False: a stop was requested."""
+        events = self._epoll.poll(self._next_wait_s(), EVENTS_AT_ONCE)
+        self.counters["wakeups"] += 1
+        self._mover.now_s = time.monotonic()
+        woken = False
+        for fd, flags in events:
+            if fd == self._wake_fd:
+                woken = True
+            else:
+                self._note_event(fd, flags)
+        self._serve_ready()
+        stopping = woken and self._take_submissions()
+        self._check_lingering()
+        self._expire()
         self._hand_over()
+        return not stopping
 
     def _hand_over(self) -> None:
         if self._finished:

@@ -36,7 +36,6 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     const unsigned int SPLICE_F_MOVE
     const unsigned int SPLICE_F_NONBLOCK
-    const unsigned int SPLICE_F_MORE
     const int F_SETPIPE_SZ
     const int F_GETPIPE_SZ
     const int F_GETFL

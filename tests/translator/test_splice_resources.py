@@ -193,8 +193,32 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 """
 
 
-def test_without_descriptors_for_pipes_it_copies(engine_class: type[SpliceEngine]) -> None:
-    program = WITHOUT_PIPES.format(tests=str(Path(__file__).parent), module=engine_class.__module__)
+WITHOUT_PIPE_PAGES = """
+import contextlib, fcntl, os, sys
+sys.path.insert(0, {tests!r})
+from splice_pairs import Receiver, Relayed, Sender
+from {module} import SpliceEngine
+os.setuid(65534)  # without privileges: pipe-user-pages-soft counts
+hoard = [os.pipe()]
+while fcntl.fcntl(hoard[-1][1], fcntl.F_GETPIPE_SZ) > 8192:  # what a pipe has when the user's pages are used up
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(hoard[-1][1], fcntl.F_SETPIPE_SZ, 1 << 20)
+    hoard.append(os.pipe())
+    assert len(hoard) < 400, "this user may have as many pipe pages as it likes"
+with SpliceEngine() as engine, Relayed(engine) as pair:
+    received, sent = Receiver(pair.server), Sender(pair.client, 3_000_000, seed=1)
+    assert received.digest() == sent.digest
+    totals = engine.counters()
+    assert totals["pipes_refused"] > 0, totals
+    assert totals["pipes_open"] == 0, totals
+    assert totals["spliced_bytes"] == 0, totals
+"""
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("program", [WITHOUT_PIPES, WITHOUT_PIPE_PAGES], ids=["descriptors", "pages"])
+def test_when_no_pipe_can_be_had_it_copies(engine_class: type[SpliceEngine], program: str) -> None:
+    program = program.format(tests=str(Path(__file__).parent), module=engine_class.__module__)
     ended = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
