@@ -50,6 +50,9 @@ BATCHES_PER_WAKE_UP = 4
 BATCH_PACKETS = 64
 # A FIN of the peer's SAL without a TCP FIN (SPEC 4.5) ends the stream after this time, in which lost data may still arrive.
 END_OF_STREAM_GRACE_S = 1.0
+RESET_RETRY_S = 0.005  # doubles
+RESET_ATTEMPTS = 10
+TCP_CLOSED = 7  # linux/tcp.h
 READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
 
 
@@ -332,8 +335,20 @@ class ServalStack:
         if connection is None:
             return
         self._dataplane.remove_flow(effect.flow_id)
-        if not connection.released:
-            self._dataplane.reset(effect.flow_id, connection.fd)
+        self._deliver_reset(connection, 0)
+
+    def _deliver_reset(self, connection: Connection, attempt: int) -> None:
+        """Hand the socket a reset until it has taken one: segments that were still in a queue of the kernel may move what it
+        expects after we have read it, and a reset out of sequence is ignored (RFC 5961)."""
+        if self._connections.get(connection.flow_id) is not connection or connection.released:
+            return
+        if tcp_repair.state(connection.fd) == TCP_CLOSED:
+            return
+        if attempt == RESET_ATTEMPTS:
+            log.error("the kernel socket of a reset flow does not take the reset", flow=connection.flow_id)
+            return
+        self._dataplane.reset(FlowID(connection.flow_id), connection.fd)
+        self._loop.call_later(RESET_RETRY_S * 2**attempt, self._deliver_reset, connection, attempt + 1)
 
     def _close_transport(self, effect: CloseTransport) -> None:
         if effect.flow_id in self._connections:

@@ -41,7 +41,8 @@ def wait_for_holdings(side: TranslatorProcess, expected: Holdings) -> None:
     try:
         wait_for(observe, "the translator to let go", IDLE_TIMEOUT_S, interval_s=0.05)
     except AssertionError:
-        assert seen == expected
+        wrong = {key: f"{seen[key]} instead of {held}" for key, held in expected.items() if seen[key] != held}
+        raise AssertionError(f"on {side.host.name}: {wrong}") from None
 
 
 def dial(chain: Chain, port: int = RAW) -> socket.socket:
