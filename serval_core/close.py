@@ -84,7 +84,9 @@ class Close:
         """Process a packet for a flow whose handshake is over. Raises TheirMistake."""
         control = sal.control
         if control is None:
-            # Data that was on its way up while the transport was being opened.
+            # Data that was on its way up while the transport was being opened, or that came in fragments.
+            if sal.src_flow_id != flow.peer_flow_id:
+                raise TheirMistake("wrong_peer_flow")
             if sal.protocol != PROTOCOL_TCP:
                 raise TheirMistake("not_tcp")
             if len(sal.transport) < tcp_segment.HEADER_BYTES:

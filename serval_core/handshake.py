@@ -16,7 +16,7 @@ from serval_core.wire.tcp_segment import ACK, NO_OPTIONS, SYN, TcpOptions, TcpSe
 
 SAL_OVERHEAD_BYTES = 20 + 12  # IPv4 and SAL base header of a data packet
 TCP_HEADER_BYTES = 20
-MSS_MIN_BYTES = 48
+MSS_MIN_BYTES = 88  # what the kernel takes (TCP_MIN_MSS); no honest peer offers less
 MSS_WITHOUT_OPTION_BYTES = 536 - 12  # RFC 9293 3.7.1, less the SAL header, as the prototype has it
 MSS_MAX_BYTES = 32767
 CAPABILITIES = 0

@@ -165,6 +165,8 @@ class PassiveOpen:
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Data that overtook the handshake ACK, or came in its place."""
+        if sal.src_flow_id != flow.peer_flow_id:
+            raise TheirMistake("wrong_peer_flow")
         if sal.protocol != PROTOCOL_TCP:
             raise TheirMistake("not_tcp")
         # Behind a veth the kernel leaves the checksum of its segments to be completed.

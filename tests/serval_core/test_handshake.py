@@ -149,7 +149,7 @@ def test_passive_parameters_towards_a_prototype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "mss_bytes"), [(None, 524), (536, 536), (1460, 1448), (9000, 1448), (0, 48), (10, 48)]
+    ("option", "mss_bytes"), [(None, 524), (536, 536), (1460, 1448), (9000, 1448), (0, 88), (10, 88)]
 )
 def test_the_send_mss_is_the_least_of_peer_and_path(option: int | None, mss_bytes: int) -> None:
     host, _, _ = accepted_host(peer=Peer(options=TcpOptions(mss=option)))

@@ -187,6 +187,18 @@ def test_whoever_lacks_the_nonce_changes_nothing(state: str) -> None:
     assert drops(host) == 2000
 
 
+@pytest.mark.parametrize("state", ["RESPOND", "CONNECTED", "CONNECTED, passive", "FINWAIT2"])
+def test_data_needs_both_flow_ids(state: str) -> None:
+    """Whoever guessed only the host's must not put bytes into the stream, not even with the right TCP numbers."""
+    host, peer, _ = EVERY_STATE[state]()
+    peer.flow_id ^= 1
+    host.receive(peer.data())
+    host.receive(peer.packet(None, peer.segment(b"named"), services=(SERVICE_ID,)))
+    assert host.effects() == []
+    assert host.states() == [state.partition(",")[0]]
+    assert host.dropped("wrong_peer_flow") == 2
+
+
 class Rules:
     """The order of effects that `effects` promises, for all flows of a host."""
 
