@@ -21,6 +21,7 @@ NLM_F_REQUEST = 1
 NLMSG_ERROR = 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTAX_MTU = 1, 4, 5, 7, 8, 2
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
+RTM_F_FIB_MATCH = 0x2000
 MESSAGE_HEADER = struct.Struct("=IHHII")
 ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
 ATTRIBUTE_HEADER = struct.Struct("=HH")
@@ -99,7 +100,21 @@ class KernelPaths:
             return path
 
     def _query(self, address: int, interface_index: int) -> Path | None:
-        body = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
+        path = self._ask(address, 0)
+        if not interface_index or (path is not None and path.interface_index == interface_index):
+            return path
+        # Without a route through the given interface the kernel answers as if the address were on its link.
+        if self._answer(address, interface_index, RTM_F_FIB_MATCH) is None:
+            return None
+        return self._ask(address, interface_index)
+
+    def _ask(self, address: int, interface_index: int) -> Path | None:
+        answer = self._answer(address, interface_index, 0)
+        return None if answer is None else self._decode(answer, address)
+
+    def _answer(self, address: int, interface_index: int, flags: int) -> bytes | None:
+        """The kernel's RTM_NEWROUTE message, None when there is no route."""
+        body = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, flags)
         body += ATTRIBUTE_HEADER.pack(8, RTA_DST) + address.to_bytes(4, "big")
         if interface_index:
             body += ATTRIBUTE_HEADER.pack(8, RTA_OIF) + struct.pack("=I", interface_index)
@@ -124,7 +139,7 @@ class KernelPaths:
             ):  # ENETUNREACH, EHOSTUNREACH, EINVAL, ENODEV, EACCES (prohibit): no path
                 return None
             raise KernelRefused("RTM_GETROUTE", error, "")
-        return self._decode(answer[:length], address)
+        return answer[:length]
 
     def _decode(self, answer: bytes, address: int) -> Path | None:
         route_type = answer[MESSAGE_HEADER.size + 7]

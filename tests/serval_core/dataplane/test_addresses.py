@@ -70,14 +70,27 @@ def test_path(host: Host, destination: str, expected: tuple[str, str, str, int] 
 
 
 def test_path_through_a_given_interface(host: Host) -> None:
-    def ask(paths: KernelPaths) -> list[Path | None]:
-        indexes = {interface.name: interface.index for interface in paths.interfaces()}
-        destination = parse_address("192.0.2.9")
-        return [paths.path_to(destination, indexes[name]) for name in ("eth0", "eth1")]
+    """There must be a route: the kernel would take any address for one on the link when asked about an interface."""
+    host.run(["ip", "route", "add", "198.51.100.0/24", "via", "10.1.0.2", "metric", "99"])
 
-    through_wrong, through_right = with_paths(host, ask)
-    assert described(through_right) == ("eth1", "10.2.0.1", "10.2.0.254", 1400)
-    assert described(through_wrong) != described(through_right)
+    def ask(paths: KernelPaths) -> dict[tuple[str, str], tuple[str, str, str, int] | None]:
+        indexes = {interface.name: interface.index for interface in paths.interfaces()}
+        return {
+            (destination, name): described(paths.path_to(parse_address(destination), indexes[name]))
+            for destination in ("192.0.2.9", "198.51.100.1", "203.0.113.1", "8.8.8.8")
+            for name in ("eth0", "eth1")
+        }
+
+    assert with_paths(host, ask) == {
+        ("192.0.2.9", "eth0"): None,
+        ("192.0.2.9", "eth1"): ("eth1", "10.2.0.1", "10.2.0.254", 1400),
+        ("198.51.100.1", "eth0"): ("eth0", "10.1.0.1", "10.1.0.2", 1500),
+        ("198.51.100.1", "eth1"): ("eth1", "10.2.0.1", "10.2.0.254", 1300),
+        ("203.0.113.1", "eth0"): None,
+        ("203.0.113.1", "eth1"): None,
+        ("8.8.8.8", "eth0"): None,
+        ("8.8.8.8", "eth1"): None,
+    }
 
 
 def test_interfaces_with_broadcast_addresses(host: Host) -> None:
