@@ -9,9 +9,10 @@
 /* Filled in by the loader before the programs are verified. */
 const volatile struct virtual_network virtual_network SEC(".rodata.config");
 
+/* Half-open flows have an entry and no slot: there must be room for them when every slot is taken. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_FLOWS);
+	__uint(max_entries, 2 * MAX_FLOWS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __be32);
 	__type(value, struct flow);

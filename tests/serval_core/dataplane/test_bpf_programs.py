@@ -19,6 +19,7 @@ from serval_core.dataplane.kernel import (
     FLOW_FLAGS,
     FLOW_NEIGHBOUR_KNOWN,
     FLOW_STATE,
+    MAX_FLOWS,
     NO_STATE,
     OBJECT_FILE,
 )
@@ -284,3 +285,13 @@ def test_raw_socket_gets_data_of_known_flows_only(programs: BpfObject, flow_id: 
     # The test run takes the Ethernet header away, as the kernel does before a raw socket's filter.
     assert bool(programs.test_run("serval_control", packet)[0]) == passed
     assert drops(programs)["in_unknown_flow"] == before + (not passed)
+
+
+def test_half_open_flows_find_room_when_every_slot_is_taken(programs: BpfObject) -> None:
+    flows = programs.map("flows")
+    entry = flows.get(struct.pack("!I", HALF_OPEN)) or b""
+    keys = [struct.pack("!I", number) for number in range(1, MAX_FLOWS + 2000)]
+    for key in keys:
+        flows.update(key, entry)
+    for key in keys:
+        flows.delete(key)
