@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -106,7 +107,8 @@ class KernelDataPlane:
         self._network = parse_address(settings.virtual_network)
         self._port = settings.virtual_port
         self._congestion_control = settings.congestion_control.encode()
-        self._slots = list(range(MAX_FLOWS - 1, -1, -1))
+        # First in, first out: a program that still runs with an old entry must not write into a new flow's state.
+        self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
@@ -236,7 +238,7 @@ class KernelDataPlane:
             self._congestion_control,
             self._settings.peer_timeout_s,
         )
-        slot = self._slots.pop()
+        slot = self._slots.popleft()
         complete = not flow.peer_is_ours or self._needs_checksum.get(path.interface_index, True)
         flags = FLOW_COMPLETE_CHECKSUM if complete else 0
         neighbour = self.neighbours.use(flow_id, (path.interface_index, path.next_hop))
