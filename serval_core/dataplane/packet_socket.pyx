@@ -65,7 +65,7 @@ cdef extern from "<netinet/in.h>" nogil:
     int IPPROTO_IP, IP_PKTINFO, AF_INET
 
 DEF BATCH = 64
-DEF PACKET_BYTES = 2048      # a control packet is at most 20 + 1020 + 60 bytes, early data one MTU
+DEF PACKET_BYTES = 9216      # a control packet is at most 20 + 1020 + 60 bytes, early data one MTU, jumbo frames included
 DEF CONTROL_BYTES = 64
 
 PROTOCOL_SAL = 144

@@ -265,24 +265,26 @@ def test_transfer_over_a_bad_wire(lab: Lab, seed: int) -> None:
         assert wire.left_to_right.dropped > 0
 
 
-def test_data_that_overtakes_the_handshake_is_not_lost(lab: Lab) -> None:
+@pytest.mark.parametrize("mtu", [1500, 9000])
+def test_data_that_overtakes_the_handshake_is_not_lost(lab: Lab, mtu: int) -> None:
     """The handshake ACK is dropped, so the first data completes the handshake; nothing waits for a retransmission timeout."""
     client, server = lab.host("client"), lab.host("server")
     lost_ack = Faults(drop_exactly=frozenset({1}), protocol=144)  # 0 is the SYN
     with (
-        FaultyWire(lab, client, "10.1.0.1/24", server, "10.1.0.2/24", seed=0, left_to_right=lost_ack),
+        FaultyWire(lab, client, "10.1.0.1/24", server, "10.1.0.2/24", seed=0, left_to_right=lost_ack, mtu=mtu),
         StackThread(client) as near,
         StackThread(server) as far,
     ):
         listener = far.listen(SERVICE)
         stream = near.connect(SERVICE)
-        sent = stream.send_random(500)
+        sent = stream.send_random(mtu)
         accepted = listener.accept()
         assert accepted.receive_all() == sent
         accepted.socket.close()
         stream.release()
         near_tcp = near.counters()
         assert near_tcp["dataplane_drop_out_not_a_flow"] == 0
+        assert {name: count for name, count in far.counters().items() if name.startswith("dropped_")} == {}
 
 
 def test_next_hop_that_changes_its_mac_address_is_followed(stacks: tuple[StackThread, StackThread]) -> None:
