@@ -161,8 +161,16 @@ int serval_in(struct __sk_buff *skb)
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
 		return TC_ACT_UNSPEC;
-	if ((void *)(ip + 1) > end)
-		return TC_ACT_UNSPEC;
+	if ((void *)(ip + 1) > end) {
+		/* Drivers that receive into pages leave no more than the Ethernet header here. */
+		if (bpf_skb_pull_data(skb, ETHERNET_BYTES + IPV4_BYTES))
+			return TC_ACT_UNSPEC;
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+		ip = data + ETHERNET_BYTES;
+		if ((void *)(ip + 1) > end)
+			return TC_ACT_UNSPEC;
+	}
 	/* The virtual tuples are ours alone: nobody on a wire may talk to a socket past the SAL. */
 	if (ip->daddr == virtual_network.local_address)
 		return drop(DROP_IN_VIRTUAL_ADDRESS);
