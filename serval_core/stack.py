@@ -48,7 +48,7 @@ log = structlog.get_logger("serval_core.stack")
 # Batches of control packets per wake-up: between them the loop serves timers and relays.
 BATCHES_PER_WAKE_UP = 4
 BATCH_PACKETS = 64
-# A FIN of the peer's SAL without a TCP FIN (SPEC 4.5) ends the stream after this time, in which lost data may still arrive.
+# A FIN of the peer's SAL without a TCP FIN (SPEC 4.5) ends the stream when nothing has arrived for this time.
 END_OF_STREAM_GRACE_S = 1.0
 RESET_RETRY_S = 0.005  # doubles
 RESET_ATTEMPTS = 10
@@ -294,7 +294,13 @@ class ServalStack:
         try:
             while effects := self._sal.take_effects():
                 for effect in effects:
-                    self._carry_out[type(effect)](effect)
+                    try:
+                        self._carry_out[type(effect)](effect)
+                    except Exception as error:
+                        # One callback's defect must not cost other flows their effects.
+                        self._loop.call_exception_handler(
+                            {"message": f"while carrying out {type(effect).__name__}", "exception": error}
+                        )
         finally:
             self._running_effects = False
         self._arm_timer()
@@ -324,11 +330,17 @@ class ServalStack:
         """Usually the kernel has read the TCP FIN long ago. A peer that only sends the SAL FIN needs our help."""
         connection = self._connections.get(effect.flow_id)
         if connection is not None and tcp_repair.state(connection.fd) in READING_STATES:
-            self._loop.call_later(END_OF_STREAM_GRACE_S, self._force_end_of_stream, connection)
+            self._end_stream_when_quiet(connection, -1)
 
-    def _force_end_of_stream(self, connection: Connection) -> None:
-        if self._connections.get(connection.flow_id) is connection:
+    def _end_stream_when_quiet(self, connection: Connection, packets_before: int) -> None:
+        """End what the application reads once no packet has arrived for the grace time."""
+        if self._connections.get(connection.flow_id) is not connection:
+            return
+        packets = connection.counters().packets_in
+        if packets == packets_before:
             tcp_repair.shut_down(connection.fd, socket.SHUT_RD)
+        else:
+            self._loop.call_later(END_OF_STREAM_GRACE_S, self._end_stream_when_quiet, connection, packets)
 
     def _reset_transport(self, effect: ResetTransport) -> None:
         connection = self._connections.get(effect.flow_id)

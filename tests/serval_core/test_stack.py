@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -236,6 +238,21 @@ def test_refusal_of_the_kernel_is_told_to_whoever_connects(wire: tuple[Host, Hos
         stream.release()
         assert listener.waiting() == 0
         assert_idle(client, server)
+
+
+def test_a_failing_callback_costs_nobody_else_anything(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = server.listen(SERVICE)
+    reported: queue.Queue[dict[str, object]] = queue.Queue()
+
+    def provoke() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.put(context))
+        client.stack.connect(parse_service(SERVICE).service_id, lambda _: 1 // 0, lambda *_: None)
+
+    client.call(provoke)
+    assert isinstance(reported.get(timeout=10)["exception"], ZeroDivisionError)
+    listener.accept()
+    exchange(client.connect(SERVICE), listener.accept(), 100, 100)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
