@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import fcntl
 import hashlib
 import os
@@ -243,6 +244,9 @@ class Receiver(threading.Thread):
 
 @contextlib.contextmanager
 def no_descriptor_left() -> Iterator[None]:
+    gc.collect()  # what earlier tests of this process left to the collector
     before = open_descriptors()
     yield
-    assert open_descriptors() == before
+    gc.collect()
+    after = open_descriptors()
+    assert after == before, f"{after} descriptors are open, {before} were"
