@@ -31,17 +31,20 @@ def holdings(translator: TranslatorProcess) -> Holdings:
 
 
 def wait_for_holdings(side: TranslatorProcess, expected: Holdings) -> None:
-    """Wait until the translator holds exactly this; the failure shows what it holds instead."""
+    """Wait until the translator holds no more than this; the failure shows what it holds instead.
+
+    It may hold less: a connection of the stack socket that had just asked may have been counted before.
+    """
     seen: Holdings = {}
 
     def observe() -> bool:
         seen.update(holdings(side))
-        return seen == expected
+        return all(seen[key] <= held for key, held in expected.items())
 
     try:
         wait_for(observe, "the translator to let go", IDLE_TIMEOUT_S, interval_s=0.05)
     except AssertionError:
-        wrong = {key: f"{seen[key]} instead of {held}" for key, held in expected.items() if seen[key] != held}
+        wrong = {key: f"{seen[key]} instead of {held}" for key, held in expected.items() if seen[key] > held}
         raise AssertionError(f"on {side.host.name}: {wrong}") from None
 
 
