@@ -8,10 +8,12 @@ is one `serval-translator` on any host.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,16 +83,17 @@ class TranslatorProcess:
         """The end of what it logged."""
         return self.log_path.read_text(errors="replace")[-8000:]
 
+    def open_files(self) -> list[str]:
+        """What its file descriptors are, as /proc says it: "socket:[4711]", "pipe:[4712]", "/dev/null" ..."""
+        found = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.append(link.readlink().as_posix())
+        return found
+
     def descriptors(self) -> dict[str, int]:
         """How many file descriptors of each kind it holds: "socket", "pipe", "anon_inode:bpf-map" ..."""
-        kinds: dict[str, int] = {}
-        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            try:
-                kind = link.readlink().as_posix().partition("[")[0].rstrip(":")
-            except FileNotFoundError:
-                continue
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return kinds
+        return dict(Counter(name.partition("[")[0].rstrip(":") for name in self.open_files()))
 
     def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
         """Send a signal, wait for the end and return the exit status."""

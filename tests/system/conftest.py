@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from through_chain import PORTS, RAW, holdings, wait_for_holdings
+from through_chain import PORTS, RAW, settled_holdings, wait_for_holdings
 
 from lab.chain import Chain, kernel_traces
 from lab.hosts import Lab
@@ -30,7 +30,7 @@ def chain(root: None) -> Iterator[Chain]:
 def nothing_left(chain: Chain) -> Iterator[None]:
     """Both translators hold after the test what they held before: no flow, descriptor or map entry more."""
     sides = (chain.translator, chain.reverse)
-    before = [holdings(side) for side in sides]
+    before = [settled_holdings(side) for side in sides]
     yield
     for side, held in zip(sides, before, strict=True):
         assert held["flows"] == 0
