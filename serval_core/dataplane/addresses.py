@@ -6,25 +6,24 @@ It does not know the SAL; `paths.PathFinder` is the interface between them.
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Sequence
 from typing import Any
 
-from serval_core.dataplane.netlink import Netlink
+from serval_core.dataplane.netlink import Netlink, RouteQueries, attribute, walk_attributes
 from serval_core.errors import KernelRefused
 from serval_core.names import parse_address
 from serval_core.paths import Interface, Path
 
 RTM_GETROUTE = 26
-NLM_F_REQUEST = 1
-NLMSG_ERROR = 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTAX_MTU = 1, 4, 5, 7, 8, 2
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
 RTM_F_FIB_MATCH = 0x2000
-MESSAGE_HEADER = struct.Struct("=IHHII")
 ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
-ATTRIBUTE_HEADER = struct.Struct("=HH")
+# What the kernel answers when there is no path; EACCES: a prohibit route.
+NO_PATH = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.ENODEV, errno.EACCES})
 CACHE_LIMIT = 65536
 # bpf_skb_change_head refuses packets beyond what one allocation holds (16 KiB less overhead); only loopback has a larger MTU.
 PACKET_BYTES_MAX = 15000
@@ -42,16 +41,14 @@ class KernelPaths:
         self._netlink = netlink
         self._ignored = ignored
         self._only = None if only is None else frozenset(only)
-        self._route_socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._route_socket.settimeout(1.0)
-        self._sequence = 0
+        self._queries = RouteQueries()
         self._cache: dict[tuple[int, int], Path | None] = {}
         self._interfaces: tuple[Interface, ...] = ()
         self._by_index: dict[int, Interface] = {}
         self.refresh()
 
     def close(self) -> None:
-        self._route_socket.close()
+        self._queries.close()
 
     def interfaces(self) -> Sequence[Interface]:
         return self._interfaces
@@ -113,39 +110,23 @@ class KernelPaths:
         return None if answer is None else self._decode(answer, address)
 
     def _answer(self, address: int, interface_index: int, flags: int) -> bytes | None:
-        """The kernel's RTM_NEWROUTE message, None when there is no route."""
+        """The body of the kernel's RTM_NEWROUTE message, None when there is no route."""
         body = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, flags)
-        body += ATTRIBUTE_HEADER.pack(8, RTA_DST) + address.to_bytes(4, "big")
+        body += attribute(RTA_DST, address.to_bytes(4, "big"))
         if interface_index:
-            body += ATTRIBUTE_HEADER.pack(8, RTA_OIF) + struct.pack("=I", interface_index)
-        self._sequence += 1
-        header = MESSAGE_HEADER.pack(
-            MESSAGE_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, self._sequence, 0
-        )
-        self._route_socket.send(header + body)
-        while True:
-            answer = self._route_socket.recv(8192)
-            length, kind, _, sequence, _ = MESSAGE_HEADER.unpack_from(answer)
-            if sequence == self._sequence:
-                break
-        if kind == NLMSG_ERROR:
-            error = -struct.unpack_from("=i", answer, MESSAGE_HEADER.size)[0]
-            if error in (
-                101,
-                113,
-                22,
-                19,
-                13,
-            ):  # ENETUNREACH, EHOSTUNREACH, EINVAL, ENODEV, EACCES (prohibit): no path
+            body += attribute(RTA_OIF, struct.pack("=I", interface_index))
+        try:
+            return self._queries.ask("RTM_GETROUTE", RTM_GETROUTE, body).body
+        except KernelRefused as refusal:
+            if refusal.errno in NO_PATH:
                 return None
-            raise KernelRefused("RTM_GETROUTE", error, "")
-        return answer[:length]
+            raise
 
     def _decode(self, answer: bytes, address: int) -> Path | None:
-        route_type = answer[MESSAGE_HEADER.size + 7]
+        route_type = answer[7]
         if route_type not in (RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST):
             return None
-        attributes = dict(walk_attributes(answer, MESSAGE_HEADER.size + ROUTE_HEADER.size))
+        attributes = dict(walk_attributes(answer, ROUTE_HEADER.size))
         index = int.from_bytes(attributes.get(RTA_OIF, b""), "little")
         interface = self._by_index.get(index)
         if interface is None:
@@ -161,15 +142,3 @@ class KernelPaths:
             int.from_bytes(gateway, "big") if gateway else address,
             min(PACKET_BYTES_MAX, mtu or interface.mtu_bytes),
         )
-
-
-def walk_attributes(data: bytes, offset: int) -> list[tuple[int, bytes]]:
-    """The (type, value) pairs of a chain of netlink attributes."""
-    found = []
-    while offset + ATTRIBUTE_HEADER.size <= len(data):
-        length, kind = ATTRIBUTE_HEADER.unpack_from(data, offset)
-        if length < ATTRIBUTE_HEADER.size:
-            break
-        found.append((kind, data[offset + ATTRIBUTE_HEADER.size : offset + length]))
-        offset += (length + 3) & ~3
-    return found
