@@ -110,6 +110,7 @@ class KernelDataPlane:
         # First in, first out: a program that still runs with an old entry must not write into a new flow's state.
         self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
+        self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
 
@@ -265,6 +266,7 @@ class KernelDataPlane:
             tcp_repair.take_down(fd)
             raise
         self._slot_of[flow_id] = slot
+        self._received_from[fd] = parameters.receive_next
         return fd
 
     def neighbours_changed(self) -> None:
@@ -296,14 +298,15 @@ class KernelDataPlane:
 
     def take_down(self, fd: int) -> None:
         """Close a transport's socket silently. Takes the fd; the flow must have been removed from the map before."""
+        del self._received_from[fd]
         tcp_repair.take_down(fd)
 
     def reset(self, flow_id: FlowID, fd: int) -> None:
-        """Let whoever uses the socket see a reset, by handing it the RST that a TCP peer would have sent (RFC 9293, 3.10.7)."""
-        try:
-            sequence = tcp_repair.receive_next(fd)
-        except KernelRefused:
-            return  # the kernel has closed it already, so its user has been told
+        """Let whoever uses the socket see a reset, by handing it the RST that a TCP peer would have sent (RFC 9293, 3.10.7).
+
+        The socket ignores it when a segment that was still on its way inside the kernel moves what it expects meanwhile.
+        """
+        sequence = self._received_from[fd] + tcp_repair.received(fd) & 0xFFFFFFFF
         segment = tcp_segment.TcpSegment(
             flow_id & 0xFFFF,
             self._port,

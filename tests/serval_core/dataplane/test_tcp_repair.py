@@ -91,12 +91,44 @@ def test_taking_down_is_silent(host: Host) -> None:
     tcp_repair.take_down(far.detach())
 
 
-def test_next_expected_sequence_number(host: Host) -> None:
+def test_how_far_the_expected_sequence_number_has_moved(host: Host) -> None:
     near, far = pair(host)
+    assert tcp_repair.received(far.fileno()) == 0
     near.sendall(b"12345")
     far.settimeout(10)
     assert far.recv(10) == b"12345"
-    assert tcp_repair.receive_next(far.fileno()) == 105
+    assert tcp_repair.received(far.fileno()) == 5
+    near.shutdown(socket.SHUT_WR)
+    assert far.recv(10) == b""
+    assert tcp_repair.received(far.fileno()) == 6
+    for end in (near, far):
+        tcp_repair.take_down(end.detach())
+
+
+def test_asking_how_far_it_has_moved_does_not_disturb_who_is_writing(host: Host) -> None:
+    """In repair mode the socket would take what is written for something that it has received."""
+    near, far = pair(host)
+
+    def write() -> None:
+        for _ in range(1000):
+            near.sendall(bytes(4096))
+        near.shutdown(socket.SHUT_WR)
+
+    def read() -> None:
+        while far.recv(1 << 20):
+            pass
+
+    for end in (near, far):
+        end.settimeout(10)
+    threads = [threading.Thread(target=write), threading.Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    while threads[0].is_alive():
+        assert tcp_repair.received(near.fileno()) == 0
+    threads[1].join(10)
+    near.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        near.recv(1)
     for end in (near, far):
         tcp_repair.take_down(end.detach())
 
