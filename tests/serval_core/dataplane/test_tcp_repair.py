@@ -108,15 +108,16 @@ def test_how_far_the_expected_sequence_number_has_moved(host: Host) -> None:
 def test_asking_how_far_it_has_moved_does_not_disturb_who_is_writing(host: Host) -> None:
     """In repair mode the socket would take what is written for something that it has received."""
     near, far = pair(host)
+    arrived: list[int] = []
 
     def write() -> None:
-        for _ in range(1000):
+        for _ in range(5000):
             near.sendall(bytes(4096))
         near.shutdown(socket.SHUT_WR)
 
     def read() -> None:
-        while far.recv(1 << 20):
-            pass
+        while data := far.recv(1 << 20):
+            arrived.append(len(data))
 
     for end in (near, far):
         end.settimeout(10)
@@ -126,6 +127,7 @@ def test_asking_how_far_it_has_moved_does_not_disturb_who_is_writing(host: Host)
     while threads[0].is_alive():
         assert tcp_repair.received(near.fileno()) == 0
     threads[1].join(10)
+    assert sum(arrived) == 5000 * 4096
     near.setblocking(False)
     with pytest.raises(BlockingIOError):
         near.recv(1)
