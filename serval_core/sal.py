@@ -17,7 +17,8 @@ from serval_core.close import Close
 from serval_core.core import Core, RandomSource
 from serval_core.effects import Effect, SendPacket
 from serval_core.errors import TheirMistake
-from serval_core.flow import Flow
+from serval_core.flow import Flow, SynKey
+from serval_core.forwarding import Forwarding
 from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
 from serval_core.passive_open import PassiveOpen
 from serval_core.paths import PathFinder
@@ -46,6 +47,8 @@ class ServiceAccessLayer:
         self._active_open = ActiveOpen(self._core)
         self._passive_open = PassiveOpen(self._core)
         self._close = Close(self._core)
+        self.forwarding = Forwarding(self._core)
+        """Switch `forwarding.enabled` to make this host a service router, or none any more."""
         self._core.prepare_steps()
         self.counters = self._core.counters
         """How often what happened since the start. `dropped_REASON` counts packets that had no effect but, at
@@ -118,7 +121,11 @@ class ServiceAccessLayer:
         core = self._core
         core.counters["packets_received"] += 1
         try:
-            if core.flows.half_open >= core.settings.request_queue_limit and _is_syn(packet):
+            if (
+                core.flows.half_open >= core.settings.request_queue_limit
+                and not self.forwarding.enabled
+                and _is_syn(packet)
+            ):
                 raise TheirMistake("request_queue_full")
             ip = ipv4.parse(packet)
             if ip.is_fragment:
@@ -166,22 +173,32 @@ class ServiceAccessLayer:
     ) -> None:
         control = sal.control
         if control is not None and control.flags == SYN:
+            if self.forwarding.enabled and self._forwards_syn(ip, sal, broadcast):
+                return
             self._passive_open.syn_received(ip, sal, interface_index, broadcast, now)
             return
         flows = self._core.flows
         flow = flows.by_id.get(sal.dst_flow_id)
         if flow is None:
             record = flows.time_wait.get(sal.dst_flow_id)
-            if record is None:
-                self._unknown_flow(ip, sal, interface_index, broadcast)
-            else:
+            if record is not None:
                 self._close.time_wait_received(record, sal)
+            elif not self.forwarding.takes(ip, sal, broadcast):
+                self._unknown_flow(ip, sal, interface_index, broadcast)
         elif flow.state is State.REQUEST:
             self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
         elif flow.state is State.RESPOND:
             self._passive_open.receive(flow, ip, sal, now)
         else:
             self._close.receive(flow, ip, sal, now)
+
+    def _forwards_syn(self, ip: IPv4Packet, sal: SalPacket, broadcast: bool) -> bool:
+        """Whether a SYN went on to another host. One that this host has begun to answer stays here."""
+        assert sal.control is not None
+        client = sal.source_addresses[0] if sal.source_addresses else ip.source
+        if SynKey(client, sal.src_flow_id, sal.control.nonce) in self._core.flows.by_syn:
+            return False
+        return self.forwarding.takes(ip, sal, broadcast)
 
     def _unknown_flow(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
         """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).

@@ -37,6 +37,8 @@ class SalSettings:
     time_wait_s: float = 60.0
     time_wait_limit: int = 65536  # the oldest goes first
 
+    forwarding: bool = False  # act as a service router (SPEC 6.5)
+
     window_scale: int = 10
     receive_window_bytes: int = 65535
     sack: bool = True

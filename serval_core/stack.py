@@ -176,6 +176,15 @@ class ServalStack:
         self._loop.call_soon(self._run_effects)
         return pending
 
+    @property
+    def forwarding(self) -> bool:
+        """Whether this host is a service router. May be switched at any time."""
+        return self._sal.forwarding.enabled
+
+    @forwarding.setter
+    def forwarding(self, enabled: bool) -> None:
+        self._sal.forwarding.enabled = enabled
+
     def flow_counters(self, flow_id: FlowID) -> FlowCounters:
         """Packets and bytes of a flow on the wire."""
         return self._dataplane.flow_counters(flow_id)

@@ -1,13 +1,14 @@
 """What does an IPv4 header say, and how is one written? (RFC 791)
 
-Addresses are 32-bit numbers in host order. Fragments are described, not reassembled; options are skipped,
-never written.
+Addresses are 32-bit numbers in host order. Fragments are made and described, not reassembled; options are
+skipped, never written.
 """
 
 from __future__ import annotations
 
 from struct import Struct
 from typing import NamedTuple
+from zlib import crc32
 
 from serval_core.errors import TheirMistake
 from serval_core.wire.checksum import checksum_of_sum
@@ -23,6 +24,7 @@ WRONG_VERSION = "ipv4_version"
 HEADER_LENGTH = "ipv4_header_length"
 TOTAL_LENGTH = "ipv4_total_length"
 WRONG_CHECKSUM = "ipv4_checksum"
+TOO_BIG = "ipv4_too_big"
 
 REASONS = frozenset({TRUNCATED, WRONG_VERSION, HEADER_LENGTH, TOTAL_LENGTH, WRONG_CHECKSUM})
 """Every reason that `parse` gives with TheirMistake."""
@@ -117,3 +119,32 @@ def emit(
         )
         + payload
     )
+
+
+def fragments(packet: bytes, mtu_bytes: int) -> list[bytes]:
+    """A whole packet in pieces that an interface of `mtu_bytes` can send: usually just itself.
+
+    Raises TheirMistake(TOO_BIG) if it is too big and forbids fragmentation. The kernel numbers packets without
+    identification one by one, which would tear fragments apart: theirs is made of their content then.
+    """
+    if len(packet) <= mtu_bytes:
+        return [packet]
+    whole = parse(packet)
+    if whole.flags_fragment & DONT_FRAGMENT:
+        raise TheirMistake(TOO_BIG)
+    payload = whole.payload
+    identification = whole.identification or crc32(payload) % 0xFFFF + 1
+    step = (mtu_bytes - HEADER_BYTES) // 8 * 8
+    return [
+        emit(
+            whole.source,
+            whole.destination,
+            whole.protocol,
+            payload[offset : offset + step],
+            whole.ttl,
+            identification,
+            (MORE_FRAGMENTS if offset + step < len(payload) else 0) | offset // 8,
+            whole.tos,
+        )
+        for offset in range(0, len(payload), step)
+    ]

@@ -56,6 +56,7 @@ THIRD_SERVICE = "sal_third_service"
 SECOND_SOURCE = "sal_second_source"
 SOURCE_ADDRESSES = "sal_source_addresses"
 WRONG_CHECKSUM = "sal_checksum"
+HEADER_FULL = "sal_header_full"
 
 REASONS = frozenset(
     {
@@ -306,6 +307,46 @@ def emit_control(
         )
         + transport
     )
+
+
+def append_source(header: bytes, originator: int, forwarder: int) -> bytes:
+    """The SAL header, without transport, after a forwarder at `forwarder` has put itself into it (SPEC 6.5).
+
+    A new SOURCE extension goes to the end and begins with `originator`. `header` is one that `parse` accepts,
+    with less than 20 source addresses. TheirMistake(HEADER_FULL) if it cannot hold any more.
+    """
+    count, source_at = 0, 0
+    offset = BASE_BYTES
+    while offset < len(header):
+        kind = header[offset] >> 4
+        if kind == _SOURCE:
+            source_at = offset
+        offset += 1 if kind == _PAD else header[offset + 1]
+        count += 1
+    if source_at:
+        length = header[source_at + 1]
+        end = source_at + length
+        extended = b"".join(
+            (
+                header[BASE_BYTES : source_at + 1],
+                bytes((length + 4,)),
+                header[source_at + 2 : end],
+                forwarder.to_bytes(4, "big"),
+                header[end:],
+            )
+        )
+    elif count == MAX_EXTENSIONS:
+        raise TheirMistake(HEADER_FULL)
+    else:
+        extended = header[BASE_BYTES:] + _source_extension((originator, forwarder))
+    words = 3 + len(extended) // 4
+    if words > 0xFF:
+        raise TheirMistake(HEADER_FULL)
+    src_flow_id, dst_flow_id, _words, protocol, _checksum = _BASE.unpack_from(header)
+    checksum = checksum_of_sum(
+        src_flow_id + dst_flow_id + (words << 8 | protocol) + int.from_bytes(extended, "big")
+    )
+    return _BASE.pack(src_flow_id, dst_flow_id, words, protocol, checksum) + extended
 
 
 def data_header(src_flow_id: int, dst_flow_id: int, protocol: int = PROTOCOL_TCP) -> bytes:

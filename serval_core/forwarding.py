@@ -1,0 +1,141 @@
+"""What does a service router do with packets for services of other hosts? (SPEC 6.5; OBSERVED, "SAL forwarding")
+
+A packet that names a service, belongs to no flow of this host and came to an address of this host is resolved
+by the service table. If the answer is FORWARD it goes on to the target: same IP source, new IP destination,
+one hop less to live, and this host's address appended to the SOURCE extension. The answer to a SYN goes
+straight to the client, and everything after it too, so a router keeps no state of flows.
+
+Of the table's targets those are never chosen that cannot be meant: this host, whoever has had the packet
+before, and broadcast addresses. What nobody is left for stays here, as if forwarding were off.
+
+`dataplane.router` does the same faster for what is common. This file is what it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serval_core.addresses import is_unicast
+from serval_core.core import Core
+from serval_core.effects import SendPacket
+from serval_core.errors import TheirMistake
+from serval_core.paths import Interface, Path
+from serval_core.rules import RuleType
+from serval_core.wire import ipv4
+from serval_core.wire.checksum import update_checksum
+from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.sal import (
+    MAX_SOURCE_ADDRESSES,
+    PROTOCOL_SAL,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    SalPacket,
+    append_source,
+)
+
+_TCP_CHECKSUM_AT = 16
+_UDP_CHECKSUM_AT = 6
+
+
+class Forwarding:
+    """Forwards for one host. `enabled` may be switched at any time."""
+
+    __slots__ = ("_broadcast", "_core", "_interfaces", "_own", "enabled")
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.enabled = core.settings.forwarding
+        self._interfaces: Sequence[Interface] = ()
+        self._own: frozenset[int] = frozenset()
+        self._broadcast: frozenset[int] = frozenset()
+
+    def takes(self, ip: IPv4Packet, sal: SalPacket, broadcast: bool) -> bool:
+        """Whether the packet, of no flow of this host, is not for this host and has been dealt with.
+
+        Raises TheirMistake when it must not go any further.
+        """
+        if not self.enabled or broadcast or not sal.services:
+            return False
+        own = self._own_addresses()
+        if ip.source in own or not is_unicast(ip.source):
+            return False
+        core = self._core
+        exclude = self._broadcast | own | {ip.source, *sal.source_addresses}
+        while True:
+            rule_type, targets = core.table.resolve(
+                sal.services[0], core.random.random, exclude, len(sal.transport)
+            )
+            if rule_type is RuleType.DROP:
+                raise TheirMistake("drop_rule")
+            if rule_type is not RuleType.FORWARD:
+                return False
+            if not targets or targets[0].broadcast:
+                core.counters["forwarding_without_target"] += 1
+                return False
+            target = targets[0]
+            path = core.paths.path_to(target.address, target.interface_index)
+            if path is not None:
+                self._forward(ip, sal, target.address, path)
+                return True
+            core.counters["forwarding_unreachable_targets"] += 1
+            exclude |= {target.address}
+
+    def _forward(self, ip: IPv4Packet, sal: SalPacket, address: int, path: Path) -> None:
+        if ip.destination in sal.source_addresses:
+            raise TheirMistake("forwarding_loop")
+        if ip.ttl <= 1:
+            raise TheirMistake("time_to_live")
+        if len(sal.source_addresses) >= MAX_SOURCE_ADDRESSES:
+            raise TheirMistake("source_full")
+        core = self._core
+        for packet in ipv4.fragments(rewrite(ip, sal, address), path.mtu_bytes):
+            core.effects.append(SendPacket(packet, address, path.interface_index))
+        core.counters["packets_forwarded"] += 1
+
+    def _own_addresses(self) -> frozenset[int]:
+        interfaces = self._core.paths.interfaces()
+        if interfaces is not self._interfaces:
+            self._interfaces = interfaces
+            self._own = frozenset(each.address for each in interfaces)
+            self._broadcast = frozenset(each.broadcast_address for each in interfaces)
+        return self._own
+
+
+def rewrite(ip: IPv4Packet, sal: SalPacket, address: int) -> bytes:
+    """The IPv4 packet that goes on to `address`. `sal` is what `ip` carries; both have been checked.
+
+    Raises TheirMistake if the SAL header has no room for another address.
+    """
+    transport_bytes = len(sal.transport)
+    header = append_source(ip.payload[: len(ip.payload) - transport_bytes], ip.source, ip.destination)
+    transport = _transport_to(sal.transport, sal.protocol, ip.destination, address)
+    return ipv4.emit(
+        ip.source,
+        address,
+        PROTOCOL_SAL,
+        header + transport,
+        ttl=ip.ttl - 1,
+        identification=ip.identification,
+        flags_fragment=ip.flags_fragment,
+        tos=ip.tos,
+    )
+
+
+def _transport_to(transport: bytes, protocol: int, old: int, new: int) -> bytes:
+    """The transport part with its checksum following the new address, so that a wrong one stays wrong."""
+    if protocol == PROTOCOL_TCP:
+        at = _TCP_CHECKSUM_AT
+    elif protocol == PROTOCOL_UDP:
+        at = _UDP_CHECKSUM_AT
+    else:
+        return transport
+    if len(transport) < at + 2:
+        return transport
+    checksum = int.from_bytes(transport[at : at + 2], "big")
+    if protocol == PROTOCOL_UDP:
+        if checksum == 0:  # the datagram carries none
+            return transport
+        checksum = update_checksum(checksum, old, new) or 0xFFFF
+    else:
+        checksum = update_checksum(checksum, old, new)
+    return transport[:at] + checksum.to_bytes(2, "big") + transport[at + 2 :]
