@@ -7,22 +7,20 @@ answered first wins, and the other instances' answers do not match the flow any 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from errno import EADDRNOTAVAIL, ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT
 
 from serval_core import handshake
-from serval_core.addresses import LOOPBACK, is_unicast
+from serval_core.addresses import is_unicast
 from serval_core.core import Core
 from serval_core.effects import Connected, ConnectFailed, SendPacket
 from serval_core.errors import TheirMistake
-from serval_core.flow import Flow, Way
+from serval_core.flow import Flow
 from serval_core.names import FlowID, ServiceID, format_address
-from serval_core.paths import Path
 from serval_core.reset import resets_request
 from serval_core.retransmission import backed_off_s
 from serval_core.rules import RuleType
-from serval_core.selection import Target
 from serval_core.states import Action, Event
+from serval_core.ways import ways_of, ways_to
 from serval_core.wire import ipv4, tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
@@ -124,7 +122,7 @@ class ActiveOpen:
         """
         flow.ways = ()
         if flow.advisory_address:
-            flow.ways = self._ways_to((flow.advisory_address,))
+            flow.ways = ways_to(self._core.paths, flow.advisory_address)
             return bool(flow.ways)
         unreachable: set[int] = set()
         while True:
@@ -142,36 +140,11 @@ class ActiveOpen:
                 elif rule_type is RuleType.DROP:
                     flow.errno, flow.failure = EHOSTUNREACH, "a DROP rule refuses the service"
                 return False
-            flow.ways = self._ways_of(targets)
+            flow.ways = ways_of(self._core.paths, targets)
             addresses = {target.address for target in targets}
             if flow.ways or addresses <= unreachable | {0}:
                 return bool(flow.ways)
             unreachable |= addresses
-
-    def _ways_of(self, targets: Collection[Target]) -> tuple[Way, ...]:
-        first = next(iter(targets))
-        if first.broadcast:
-            return self._broadcast_ways(targets)
-        if first.type is RuleType.DEMUX:
-            return self._ways_to((LOOPBACK,))
-        return self._ways_to((first.address,), first.interface_index)
-
-    def _ways_to(self, addresses: Collection[int], interface_index: int = 0) -> tuple[Way, ...]:
-        found = ((address, self._core.paths.path_to(address, interface_index)) for address in addresses)
-        return tuple(Way(address, path) for address, path in found if path is not None)
-
-    def _broadcast_ways(self, targets: Collection[Target]) -> tuple[Way, ...]:
-        """One copy per interface, from that interface's own address (SPEC 6.6)."""
-        interfaces = {each.index: each for each in self._core.paths.interfaces()}
-        ways = []
-        for target in targets:
-            interface = interfaces.get(target.interface_index)
-            if interface is not None:
-                path = Path(
-                    interface.index, interface.name, interface.address, target.address, interface.mtu_bytes
-                )
-                ways.append(Way(target.address, path))
-        return tuple(ways)
 
     def _send_syn(self, flow: Flow, now: float) -> None:
         core = self._core

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from serval_core.names import FlowID, ServiceID, ServicePrefix
-from serval_core.paths import Path
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
+from serval_core.ways import Way
 from serval_core.wire.tcp_segment import NO_OPTIONS
 
 
@@ -33,13 +33,6 @@ class SynKey(NamedTuple):
     address: int
     flow_id: int
     nonce: bytes
-
-
-class Way(NamedTuple):
-    """Where a SYN goes and how. With broadcast rules there are several at once."""
-
-    destination: int
-    path: Path
 
 
 class Flow:
