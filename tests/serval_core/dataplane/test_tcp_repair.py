@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
@@ -108,26 +109,16 @@ def test_how_far_the_expected_sequence_number_has_moved(host: Host) -> None:
 def test_asking_how_far_it_has_moved_does_not_disturb_who_is_writing(host: Host) -> None:
     """In repair mode the socket would take what is written for something that it has received."""
     near, far = pair(host)
-    arrived: list[int] = []
-
-    def write() -> None:
-        for _ in range(5000):
-            near.sendall(bytes(4096))
-        near.shutdown(socket.SHUT_WR)
-
-    def read() -> None:
-        while data := far.recv(1 << 20):
-            arrived.append(len(data))
-
     for end in (near, far):
-        end.settimeout(10)
-    threads = [threading.Thread(target=write), threading.Thread(target=read)]
-    for thread in threads:
-        thread.start()
-    while threads[0].is_alive():
-        assert tcp_repair.received(near.fileno()) == 0
-    threads[1].join(10)
-    assert sum(arrived) == 5000 * 4096
+        end.settimeout(None)
+    with (
+        subprocess.Popen(["head", "-c", "100000000", "/dev/zero"], stdout=near) as writer,
+        subprocess.Popen(["wc", "-c"], stdin=far, stdout=subprocess.PIPE) as reader,
+    ):
+        while writer.poll() is None:
+            assert tcp_repair.received(near.fileno()) == 0
+        near.shutdown(socket.SHUT_WR)
+        assert reader.communicate(timeout=10)[0] == b"100000000\n"
     near.setblocking(False)
     with pytest.raises(BlockingIOError):
         near.recv(1)
