@@ -179,3 +179,30 @@ def test_a_connected_client_that_writes_after_the_server_has_gone_gets_an_error(
         assert client.recv(1) == b""
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             write_for_ever(client)
+
+
+def test_a_reset_amid_full_speed_ends_the_other_end_too(chain: Chain, listener: socket.socket) -> None:
+    """And that end, to which nobody has sent anything, receives nothing."""
+    block = bytes(1 << 20)
+    outcomes: list[tuple[str, bytes]] = []
+
+    def flood(connection: socket.socket) -> None:
+        with connection:
+            try:
+                while True:
+                    connection.sendall(block)
+            except OSError as error:
+                outcomes.append((type(error).__name__, connection.recv(1)))
+
+    for number in range(20):
+        client, server = dial_through(chain, listener)
+        resetting, flooding = (client, server) if number % 2 else (server, client)
+        flooder = threading.Thread(target=flood, args=(flooding,))
+        flooder.start()
+        received = 0
+        while received <= number << 18:
+            received += len(resetting.recv(1 << 20))
+        reset(resetting)
+        flooder.join(15)
+    assert set(outcomes) <= {("ConnectionResetError", b""), ("BrokenPipeError", b"")}
+    assert len(outcomes) == 20
