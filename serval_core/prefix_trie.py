@@ -73,6 +73,17 @@ class PrefixTrie(Generic[V]):
             del self._levels[drop]
             self._shorter = sorted(self._levels.items())
 
+    def matches(self, service_id: ServiceID) -> Iterator[V]:
+        """The values of all stored prefixes that cover `service_id`, the longest first."""
+        value = self._whole.get(service_id)
+        if value is not None:
+            yield value
+        number = int.from_bytes(service_id, "big")
+        for drop, level in self._shorter:
+            value = level.get(number >> drop)
+            if value is not None:
+                yield value
+
     def longest_match(self, service_id: ServiceID) -> V | None:
         """The value of the longest stored prefix that covers `service_id`, or None."""
         value = self._whole.get(service_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal, get_args
 
 from serval_core.errors import OurMistake
 from serval_core.names import DEFAULT_PREFIX, ServicePrefix
@@ -18,6 +19,13 @@ FORWARD_WEIGHT = 1
 DEMUX_PRIORITY = 32000
 DEMUX_WEIGHT = 1024
 NUMBER_MAX = 0xFFFFFFFF
+TIMEOUT_MAX_S = 10.0 * 365 * 86400
+
+Origin = Literal["configured", "manual", "registered", "resolved", "default", "bound"]
+"""Who made a rule: the configuration, an operator at run time, a registration, a resolver's answer, the stack
+itself (broadcast and router default rules), or a program that listens.
+"""
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 class RuleType(Enum):
@@ -37,6 +45,9 @@ class Rule:
     32-bit number in host order. Instead of drawing one, all `broadcast` rules of a prefix are used together,
     one packet copy each: the default rule is made of one per interface, and its address is that interface's
     broadcast address (SPEC 6.6).
+
+    A rule goes by itself `hard_timeout_s` after it was added, or when no packet was resolved by it for
+    `idle_timeout_s`; 0 means never.
     """
 
     prefix: ServicePrefix
@@ -47,6 +58,9 @@ class Rule:
     interface_index: int = 0
     listener_id: int = 0
     broadcast: bool = False
+    origin: Origin = "manual"
+    idle_timeout_s: float = 0.0
+    hard_timeout_s: float = 0.0
 
     @classmethod
     def forward(
@@ -57,15 +71,33 @@ class Rule:
         interface_index: int = 0,
         priority: int = FORWARD_PRIORITY,
         weight: int = FORWARD_WEIGHT,
+        origin: Origin = "manual",
+        idle_timeout_s: float = 0.0,
+        hard_timeout_s: float = 0.0,
     ) -> Rule:
         """Send to the instance (or service router) at `address`."""
-        return cls(prefix, RuleType.FORWARD, priority, weight, address, interface_index)
+        return cls(
+            prefix,
+            RuleType.FORWARD,
+            priority,
+            weight,
+            address,
+            interface_index,
+            origin=origin,
+            idle_timeout_s=idle_timeout_s,
+            hard_timeout_s=hard_timeout_s,
+        )
 
     @classmethod
     def broadcast_on(cls, address: int, interface_index: int) -> Rule:
         """The default rule's part for one interface with this broadcast address: ask everybody there."""
         return cls(
-            DEFAULT_PREFIX, RuleType.FORWARD, address=address, interface_index=interface_index, broadcast=True
+            DEFAULT_PREFIX,
+            RuleType.FORWARD,
+            address=address,
+            interface_index=interface_index,
+            broadcast=True,
+            origin="default",
         )
 
     @classmethod
@@ -78,12 +110,47 @@ class Rule:
         weight: int = DEMUX_WEIGHT,
     ) -> Rule:
         """Deliver to listener `listener_id` of this stack. Listener numbers start at 1."""
-        return cls(prefix, RuleType.DEMUX, priority, weight, listener_id=listener_id)
+        return cls(prefix, RuleType.DEMUX, priority, weight, listener_id=listener_id, origin="bound")
 
     @classmethod
-    def drop(cls, prefix: ServicePrefix, *, priority: int = DEMUX_PRIORITY) -> Rule:
+    def drop(
+        cls,
+        prefix: ServicePrefix,
+        *,
+        priority: int = DEMUX_PRIORITY,
+        origin: Origin = "manual",
+        idle_timeout_s: float = 0.0,
+        hard_timeout_s: float = 0.0,
+    ) -> Rule:
         """Refuse connections to the service, whatever rules of lower priority say."""
-        return cls(prefix, RuleType.DROP, priority)
+        return cls(
+            prefix,
+            RuleType.DROP,
+            priority,
+            origin=origin,
+            idle_timeout_s=idle_timeout_s,
+            hard_timeout_s=hard_timeout_s,
+        )
+
+    @classmethod
+    def delay(
+        cls,
+        prefix: ServicePrefix,
+        *,
+        priority: int = FORWARD_PRIORITY,
+        origin: Origin = "manual",
+        idle_timeout_s: float = 0.0,
+        hard_timeout_s: float = 0.0,
+    ) -> Rule:
+        """Park packets for the service until somebody has said where it is, or the delay queue loses patience."""
+        return cls(
+            prefix,
+            RuleType.DELAY,
+            priority,
+            origin=origin,
+            idle_timeout_s=idle_timeout_s,
+            hard_timeout_s=hard_timeout_s,
+        )
 
 
 def check_rule(rule: Rule) -> None:
@@ -91,11 +158,6 @@ def check_rule(rule: Rule) -> None:
     _check_prefix(rule)
     _check_numbers(rule)
     name = f"{rule.type.name} rule for {rule.prefix}"
-    if rule.type is RuleType.DELAY:
-        raise OurMistake(
-            f"the {name} cannot be added, since delayed resolution is not available in this version: "
-            "use FORWARD to a service router that knows the instances, or DROP to refuse the service"
-        )
     if rule.type is RuleType.FORWARD and not rule.address:
         raise OurMistake(f"the {name} has no address: give that of an instance or service router")
     if rule.type is not RuleType.FORWARD and (rule.address or rule.interface_index):
@@ -106,6 +168,22 @@ def check_rule(rule: Rule) -> None:
         raise OurMistake(f"the {name} names a listener, which only DEMUX rules do")
     if rule.broadcast and rule.type is not RuleType.FORWARD:
         raise OurMistake(f"the {name} is a broadcast rule, which only FORWARD rules can be")
+    if rule.origin not in ORIGINS:
+        raise OurMistake(f'the {name} has the origin "{rule.origin}", which is none of {", ".join(ORIGINS)}')
+    _check_timeouts(rule, name)
+
+
+def _check_timeouts(rule: Rule, name: str) -> None:
+    for field, timeout_s in (
+        ("idle_timeout_s", rule.idle_timeout_s),
+        ("hard_timeout_s", rule.hard_timeout_s),
+    ):
+        if not 0 <= timeout_s <= TIMEOUT_MAX_S:  # which a NaN is not
+            raise OurMistake(
+                f"the {name} has {field} {timeout_s:g}; only 0 (never) to {TIMEOUT_MAX_S:.0f} are possible"
+            )
+    if (rule.idle_timeout_s or rule.hard_timeout_s) and (rule.broadcast or rule.type is RuleType.DEMUX):
+        raise OurMistake(f"the {name} has a timeout, but it belongs to an interface or listener, which ends it")
 
 
 def _check_prefix(rule: Rule) -> None:

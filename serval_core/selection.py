@@ -10,8 +10,29 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
+from serval_core.names import ServicePrefix
 from serval_core.rules import Rule
+
+
+class Mark(NamedTuple):
+    """Why a target is passed over while others are left, and until when (seconds of the caller's clock)."""
+
+    until: float
+    reason: str
+    timer: int
+
+
+class Lifetime(NamedTuple):
+    """How long a rule stays (seconds, 0: for ever) and since when; `timer` is what ends it."""
+
+    idle_timeout_s: float
+    hard_timeout_s: float
+    added_at: float
+    packets_then: int
+    idle_since: float
+    timer: int
 
 
 class Target:
@@ -24,7 +45,10 @@ class Target:
         "broadcast",
         "bytes_resolved",
         "interface_index",
+        "lifetime",
         "listener_id",
+        "mark",
+        "origin",
         "packets_dropped",
         "packets_resolved",
         "priority",
@@ -40,23 +64,45 @@ class Target:
         self.interface_index = rule.interface_index
         self.listener_id = rule.listener_id
         self.broadcast = rule.broadcast
+        self.origin = rule.origin
         self.packets_resolved = 0
         self.bytes_resolved = 0
         self.packets_dropped = 0
+        self.lifetime: Lifetime | None = None
+        self.mark: Mark | None = None
+
+    def rule(self, prefix: ServicePrefix) -> Rule:
+        """The rule that the target was made from; `prefix` is that of its entry."""
+        lifetime = self.lifetime
+        return Rule(
+            prefix,
+            self.type,
+            self.priority,
+            self.weight,
+            self.address,
+            self.interface_index,
+            self.listener_id,
+            self.broadcast,
+            self.origin,
+            lifetime.idle_timeout_s if lifetime else 0.0,
+            lifetime.hard_timeout_s if lifetime else 0.0,
+        )
 
 
 class TargetSet:
     """The targets of one prefix that compete: they have one priority, and all of them are broadcast or
-    none.
+    none. `marked` counts those with a mark.
     """
 
-    __slots__ = ("_cumulative", "broadcast", "priority", "targets")
+    __slots__ = ("_cumulative", "broadcast", "marked", "priority", "targets")
 
     def __init__(self, priority: int, broadcast: bool) -> None:
         self.priority = priority
         self.broadcast = broadcast
+        self.marked = 0
         self.targets: list[Target] = []
-        self._cumulative: list[int] = []
+        # Sums of weights, made when first asked for: most sets have one target, for which nothing is drawn.
+        self._cumulative: list[int] | None = None
 
     @property
     def rank(self) -> tuple[int, bool]:
@@ -69,28 +115,48 @@ class TargetSet:
 
     def add(self, target: Target) -> None:
         """Append a target."""
-        self._cumulative.append(target.weight + (self._cumulative[-1] if self._cumulative else 0))
         self.targets.append(target)
+        self._cumulative = None
 
     def remove(self, target: Target) -> None:
         """Take a target out. ValueError when it is not in the set."""
         self.targets.remove(target)
-        self._cumulative = list(accumulate(each.weight for each in self.targets))
+        self._cumulative = None
 
-    def select(self, random: Callable[[], float], exclude: Collection[int]) -> tuple[Target, ...]:
-        """The targets to use: one drawn by weight, or all of a broadcast set; none if all are excluded.
+    def replace(self, old: Target, new: Target) -> None:
+        """Put a target in the place of another. ValueError when that is not in the set."""
+        self.targets[self.targets.index(old)] = new
+        self._cumulative = None
+
+    def candidates(self, exclude: Collection[int], even_marked: bool) -> Sequence[Target]:
+        """The targets that may be chosen: addresses in `exclude` never, marked ones only if asked for."""
+        if not exclude and (even_marked or not self.marked):
+            return self.targets
+        return [
+            each
+            for each in self.targets
+            if not each.address or (each.address not in exclude and (even_marked or each.mark is None))
+        ]
+
+    def select(
+        self, random: Callable[[], float], exclude: Collection[int], even_marked: bool = False
+    ) -> tuple[Target, ...]:
+        """The targets to use: one drawn by weight, or all of a broadcast set; none if there is no candidate.
 
         `exclude` holds addresses. `random` returns a number in [0, 1) and is called at most once. Excluded
-        addresses concern FORWARD targets only.
+        addresses and marks concern FORWARD targets only.
         """
-        targets: Sequence[Target] = self.targets
-        cumulative = self._cumulative
-        if exclude:
-            targets = [each for each in targets if not each.address or each.address not in exclude]
-            if len(targets) != len(cumulative):
-                cumulative = list(accumulate(each.weight for each in targets))
-        if self.broadcast:
-            return tuple(targets)
-        if len(targets) > 1:
-            return (targets[bisect_right(cumulative, int(random() * cumulative[-1]))],)
-        return tuple(targets)
+        targets = self.targets
+        if not exclude and not self.marked:
+            if len(targets) == 1:
+                return (targets[0],)
+            if not self.broadcast:
+                cumulative = self._cumulative
+                if cumulative is None:
+                    cumulative = self._cumulative = list(accumulate(each.weight for each in targets))
+                return (targets[bisect_right(cumulative, int(random() * cumulative[-1]))],)
+        candidates = self.candidates(exclude, even_marked)
+        if self.broadcast or len(candidates) < 2:
+            return tuple(candidates)
+        cumulative = list(accumulate(each.weight for each in candidates))
+        return (candidates[bisect_right(cumulative, int(random() * cumulative[-1]))],)

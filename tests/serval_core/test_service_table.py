@@ -271,6 +271,7 @@ def test_packets_and_bytes_are_counted_per_target_per_entry_and_in_total() -> No
         "bytes_resolved": 398,
         "dropped_no_entry": 0,
         "dropped_by_rule": 0,
+        "delayed": 0,
         "all_excluded": 1,
     }
 
@@ -324,6 +325,10 @@ def test_snapshot_is_plain_and_readable() -> None:
         "interface_index": None,
         "listener_id": 3,
         "broadcast": False,
+        "origin": "bound",
+        "idle_timeout_s": None,
+        "hard_timeout_s": None,
+        "down": None,
         "packets_resolved": 0,
         "bytes_resolved": 0,
         "packets_dropped": 0,
@@ -338,12 +343,6 @@ def test_snapshot_is_plain_and_readable() -> None:
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        (
-            Rule(WEB_PREFIX, RuleType.DELAY),
-            "the DELAY rule for 76568 cannot be added, since delayed resolution is not available in "
-            "this version: use FORWARD to a service router that knows the instances, or DROP to refuse "
-            "the service",
-        ),
         (
             Rule.forward(WEB_PREFIX, 0),
             "the FORWARD rule for 76568 has no address: give that of an instance or service router",
