@@ -47,6 +47,7 @@ class Core:
         "counters",
         "effects",
         "flows",
+        "last_listener_id",
         "paths",
         "random",
         "round_trips",
@@ -66,6 +67,7 @@ class Core:
         self.timers: Timers[Flow] = Timers()
         self.round_trips = RoundTrips()
         self.effects: list[Effect] = []
+        self.last_listener_id = 0
         self.counters: defaultdict[str, int] = defaultdict(int)
         self._handlers: dict[Action, Handler] = {}
         self._steps: dict[int, tuple[State, tuple[Handler, ...]]] = {}
@@ -89,6 +91,11 @@ class Core:
         flow.state, handlers = found
         for handler in handlers:
             handler(flow, now)
+
+    def new_listener_id(self) -> int:
+        """A number for whatever a DEMUX rule is to lead to, from 1."""
+        self.last_listener_id += 1
+        return self.last_listener_id
 
     def drop(self, reason: str) -> None:
         """Count a packet that is not processed any further."""

@@ -30,6 +30,16 @@ class TransportParameters(NamedTuple):
     receive_window_bytes: int
 
 
+class Datagram(NamedTuple):
+    """A datagram that arrived without a connection. The prototype calls `source_address` the advisory IP."""
+
+    payload: bytes
+    source_service: ServiceID
+    destination_service: ServiceID
+    source_address: int
+    interface_index: int
+
+
 @dataclass(frozen=True, slots=True)
 class SendPacket:
     """Put this IPv4 packet on the wire. `interface_index` 0: let routing decide."""
@@ -134,7 +144,23 @@ class FlowEnded:
     errno: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeliverDatagram:
+    """An unconnected datagram arrived for endpoint `endpoint_id`."""
+
+    endpoint_id: int
+    datagram: Datagram
+
+
+@dataclass(frozen=True, slots=True)
+class DatagramRefused:
+    """The host at `address` answered a datagram of endpoint `endpoint_id`: it has no such service. Just news."""
+
+    endpoint_id: int
+    address: int
+
+
 Effect = (
     SendPacket | ExpectData | ForgetExpected | OpenTransport | InjectSegment | EndOfStream | ResetTransport | CloseTransport
-    | Connected | ConnectFailed | Accepted | FlowEnded
+    | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused
 )

@@ -28,12 +28,11 @@ from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, RST, S
 class PassiveOpen:
     """Accepts connections for the listeners of this stack."""
 
-    __slots__ = ("_core", "_last_listener_id", "_listeners")
+    __slots__ = ("_core", "_listeners")
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._listeners: dict[int, Listener] = {}
-        self._last_listener_id = 0
         core.register(
             {
                 Action.EXPECT_DATA: self._expect_data,
@@ -51,9 +50,8 @@ class PassiveOpen:
         """
         if backlog < 1:
             raise OurMistake(f"a backlog of {backlog} would refuse every connection: give at least 1")
-        listener_id = self._last_listener_id + 1
+        listener_id = self._core.new_listener_id()
         self._core.table.add(Rule.demux(prefix, listener_id))
-        self._last_listener_id = listener_id
         self._listeners[listener_id] = Listener(listener_id, prefix, backlog)
         return listener_id
 
@@ -92,9 +90,9 @@ class PassiveOpen:
         if core.flows.half_open >= core.settings.request_queue_limit:
             raise TheirMistake("request_queue_full")
         target = core.table.resolve_local(sal.services[0], len(sal.transport))
-        if target is None:
+        listener = None if target is None else self._listeners.get(target.listener_id)
+        if listener is None:
             raise TheirMistake("no_listener")
-        listener = self._listeners[target.listener_id]
         if listener.waiting >= listener.backlog:
             raise TheirMistake("backlog_full")
         segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)

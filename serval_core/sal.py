@@ -26,6 +26,7 @@ from serval_core.reset import answer_with_reset
 from serval_core.sal_settings import SalSettings
 from serval_core.service_table import ServiceTable
 from serval_core.states import State
+from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import RST, SYN, SalPacket, parse
@@ -47,6 +48,7 @@ class ServiceAccessLayer:
         self._active_open = ActiveOpen(self._core)
         self._passive_open = PassiveOpen(self._core)
         self._close = Close(self._core)
+        self._unconnected = Unconnected(self._core)
         self.forwarding = Forwarding(self._core)
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
         self._core.prepare_steps()
@@ -98,6 +100,29 @@ class ServiceAccessLayer:
     def abort(self, flow_id: FlowID, now: float) -> None:
         """Close with an RST to the peer. FlowEnded says ECONNABORTED unless the flow was closed already."""
         self._abort(flow_id, ECONNABORTED, now)
+
+    def bind_datagrams(self, prefix: ServicePrefix | None) -> Endpoint:
+        """Receive unconnected datagrams for `prefix`, or a random serviceID. See `unconnected`."""
+        return self._unconnected.bind(prefix)
+
+    def close_datagrams(self, endpoint_id: int) -> None:
+        """Receive no more datagrams at an endpoint. OurMistake if unknown."""
+        self._unconnected.close(endpoint_id)
+
+    def send_datagram(
+        self,
+        endpoint_id: int,
+        payload: bytes,
+        destination: ServiceID,
+        address: int = 0,
+        source: ServiceID | None = None,
+    ) -> int:
+        """Send an unconnected datagram; returns 0 or an errno. See `unconnected`."""
+        return self._unconnected.send(endpoint_id, payload, destination, address, source)
+
+    def datagram_endpoints(self) -> list[dict[str, object]]:
+        """One dict per endpoint of unconnected datagrams."""
+        return self._unconnected.snapshot()
 
     def fin_acknowledged(self, flow_id: FlowID, now: float) -> None:
         """Data plane: the peer's TCP has acknowledged our TCP FIN, so the SAL FIN may go."""
@@ -204,8 +229,13 @@ class ServiceAccessLayer:
         """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).
 
         Broadcast ones are ignored as well: each host would answer, and an RST kills a prototype's socket.
+        Unconnected datagrams belong to no flow.
         """
         control = sal.control
+        if sal.services and self._unconnected.receive(ip, sal, interface_index):
+            return
+        if self._unconnected.refused(ip, sal):
+            return
         if sal.services and not broadcast and (control is None or not control.flags & (RST | SYN)):
             packet = answer_with_reset(ip, sal)
             self._core.effects.append(SendPacket(packet, ip.source, interface_index))

@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from serval_core.connection import Connection, Listener, OnAccept, OnConnected, OnFailed, PendingConnect
+from serval_core.datagrams import Datagrams
 from serval_core.dataplane import tcp_repair
 from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
 from serval_core.effects import (
@@ -73,6 +74,7 @@ class ServalStack:
 
     _loop: asyncio.AbstractEventLoop
     _sal: ServiceAccessLayer
+    datagrams: Datagrams
 
     def __init__(self, settings: StackSettings) -> None:
         self.settings = settings
@@ -125,6 +127,8 @@ class ServalStack:
         stack._sal = ServiceAccessLayer(
             stack.settings.sal, stack.table, stack._dataplane.paths, random.SystemRandom()
         )
+        stack.datagrams = Datagrams(stack._sal, stack._run_effects)
+        stack._carry_out |= stack.datagrams.carry_out
         stack._update_broadcast_rules()
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
         stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
@@ -143,6 +147,7 @@ class ServalStack:
             listener.close()
         for connection in list(self._connections.values()):
             connection.abort()
+        self.datagrams.close()
         for connection in list(self._connections.values()):
             self._forget(connection)
         self._loop.remove_reader(self._dataplane.control_fd)

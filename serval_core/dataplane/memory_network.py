@@ -20,6 +20,8 @@ from serval_core.effects import (
     CloseTransport,
     Connected,
     ConnectFailed,
+    DatagramRefused,
+    DeliverDatagram,
     Effect,
     EndOfStream,
     ExpectData,
@@ -89,8 +91,8 @@ class MemoryPaths:
 class MemoryHost:
     """A host: a SAL, its table, and the transports of its flows.
 
-    What the application would be told is kept in `accepted`, `connected`, `failed` and `ended`;
-    `on_open(host, transport)` is called for each new connection.
+    What the application would be told is kept in `accepted`, `connected`, `failed`, `ended`, `datagrams` and
+    `refusals`; `on_open(host, transport)` is called for each new connection.
     """
 
     def __init__(self, network: MemoryNetwork, address: int, settings: SalSettings, random: Random) -> None:
@@ -106,6 +108,8 @@ class MemoryHost:
         self.failed: dict[FlowID, ConnectFailed] = {}
         self.ended: dict[FlowID, int] = {}
         self.finished: list[ToyTransport] = []
+        self.datagrams: list[DeliverDatagram] = []
+        self.refusals: list[DatagramRefused] = []
         self.on_open: Callable[[MemoryHost, ToyTransport], None] = lambda host, transport: None
 
     def packet_arrived(self, packet: bytes, broadcast: bool) -> None:
@@ -195,6 +199,10 @@ class MemoryHost:
             case ConnectFailed(flow_id):
                 assert flow_id not in {*self.connected, *self.failed}
                 self.failed[flow_id] = effect
+            case DeliverDatagram():
+                self.datagrams.append(effect)
+            case DatagramRefused():
+                self.refusals.append(effect)
 
     def _clock(self) -> float:
         return self.network.now
