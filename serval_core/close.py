@@ -25,6 +25,7 @@ from serval_core.handshake import transport_parameters
 from serval_core.names import after, before
 from serval_core.reset import resets_flow
 from serval_core.retransmission import backed_off_s
+from serval_core.sent_resets import SentResets
 from serval_core.states import Action, Event, State
 from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
@@ -36,10 +37,11 @@ _SERIAL_MASK = 0xFFFFFFFF
 class Close:
     """Processes what happens to flows after their handshake, and ends them."""
 
-    __slots__ = ("_core",)
+    __slots__ = ("_core", "_sent_resets")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, sent_resets: SentResets) -> None:
         self._core = core
+        self._sent_resets = sent_resets
         core.register(
             {
                 Action.OPEN_TRANSPORT: self._open_transport,
@@ -212,7 +214,8 @@ class Close:
         flow.last_acknowledgement = self._core.send_control(flow, ACK, flow.send_next)
 
     def _send_reset(self, flow: Flow, now: float) -> None:
-        self._core.send_control(flow, RST | ACK, flow.send_next)
+        packet = self._core.send_control(flow, RST | ACK, flow.send_next)
+        self._sent_resets.remember(flow, packet, now)
 
     def _end_stream(self, flow: Flow, now: float) -> None:
         self._core.effects.append(EndOfStream(flow.flow_id))

@@ -64,7 +64,7 @@ class Core:
         self.paths = paths
         self.random = random
         self.flows = FlowTable(settings.time_wait_s, settings.time_wait_limit)
-        self.timers: Timers[Flow] = Timers()
+        self.timers = Timers()
         self.round_trips = RoundTrips()
         self.effects: list[Effect] = []
         self.last_listener_id = 0

@@ -24,6 +24,7 @@ from serval_core.passive_open import PassiveOpen
 from serval_core.paths import PathFinder
 from serval_core.reset import answer_with_reset
 from serval_core.sal_settings import SalSettings
+from serval_core.sent_resets import SentResets
 from serval_core.service_table import ServiceTable
 from serval_core.states import State
 from serval_core.unconnected import Endpoint, Unconnected
@@ -47,7 +48,8 @@ class ServiceAccessLayer:
         self._core = Core(settings, table, paths, random)
         self._active_open = ActiveOpen(self._core)
         self._passive_open = PassiveOpen(self._core)
-        self._close = Close(self._core)
+        self._sent_resets = SentResets(self._core)
+        self._close = Close(self._core, self._sent_resets)
         self._unconnected = Unconnected(self._core)
         self.forwarding = Forwarding(self._core)
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
@@ -205,9 +207,10 @@ class ServiceAccessLayer:
         flows = self._core.flows
         flow = flows.by_id.get(sal.dst_flow_id)
         if flow is None:
-            record = flows.time_wait.get(sal.dst_flow_id)
-            if record is not None:
+            if (record := flows.time_wait.get(sal.dst_flow_id)) is not None:
                 self._close.time_wait_received(record, sal)
+            elif (reset := self._sent_resets.find(sal.dst_flow_id)) is not None:
+                self._sent_resets.receive(reset, sal)
             elif not self.forwarding.takes(ip, sal, broadcast):
                 self._unknown_flow(ip, sal, interface_index, broadcast)
         elif flow.state is State.REQUEST:

@@ -53,9 +53,6 @@ BATCH_PACKETS = 64
 END_OF_STREAM_GRACE_S = 1.0
 RESET_RETRY_S = 0.005  # doubles
 RESET_ATTEMPTS = 10
-# Where a control packet of ours has its flowID and flags, behind 20 bytes of IPv4 and 12 of SAL; RST|ACK (SPEC 2.4).
-SOURCE_FLOW, CONTROL_FLAGS, ACTIVE_RST = slice(20, 24), 34, 0x28
-RST_REPEATS_S = (0.05, 0.5, 2.0)
 TCP_CLOSED = 7  # linux/tcp.h
 READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
 
@@ -87,7 +84,6 @@ class ServalStack:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._running_effects = False
-        self._stopped = False
         self._send_errors: dict[int, int] = {}
         self._wrong_injected = 0
         self._carry_out: dict[type[Effect], Callable[[Any], None]] = {
@@ -156,7 +152,6 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.neighbours.fileno())
         if self._timer is not None:
             self._timer.cancel()
-        self._stopped = True
         self._dataplane.close()
         self.stack_socket.close()
 
@@ -328,16 +323,6 @@ class ServalStack:
         code = self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
         if code:
             self._send_errors[code] = self._send_errors.get(code, 0) + 1
-        packet = effect.packet
-        if packet[CONTROL_FLAGS] == ACTIVE_RST and int.from_bytes(packet[SOURCE_FLOW], "big") in self._connections:
-            # Nothing acknowledges an RST, and one that is lost leaves the peer waiting for its timeout. A repeated one finds
-            # no flow and is ignored.
-            for delay_s in RST_REPEATS_S:
-                self._loop.call_later(delay_s, self._repeat_reset, effect)
-
-    def _repeat_reset(self, effect: SendPacket) -> None:
-        if not self._stopped:
-            self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
 
     def _open_transport(self, effect: OpenTransport) -> None:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 NO_TIMER = 0
 _TIDY_FROM = 256
@@ -16,16 +16,16 @@ _TIDY_FROM = 256
 Owner = TypeVar("Owner")
 
 
-class Timers(Generic[Owner]):
-    """Calls back with the owner of each timer whose deadline has passed. Times are seconds of the caller's
-    clock.
+class Timers:
+    """Calls back with the owner of each timer, whatever that is, whose deadline has passed. Times are seconds of
+    the caller's clock.
     """
 
     __slots__ = ("_heap", "_last_handle", "_live")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int]] = []
-        self._live: dict[int, tuple[Callable[[Owner, float], None], Owner]] = {}
+        self._live: dict[int, tuple[Callable[[Any, float], None], Any]] = {}
         self._last_handle = NO_TIMER
 
     def __len__(self) -> int:

@@ -102,7 +102,7 @@ class Calls:
 
 
 def test_timers_run_in_order_of_their_deadlines() -> None:
-    timers: Timers[str] = Timers()
+    timers = Timers()
     order: list[str] = []
     for deadline in (3.0, 1.0, 2.0, 4.0):
         timers.start(deadline, lambda owner, now: order.append(owner), f"at {deadline}")
@@ -114,7 +114,7 @@ def test_timers_run_in_order_of_their_deadlines() -> None:
 
 
 def test_cancelled_timers_never_run_and_do_not_wake_anybody() -> None:
-    timers: Timers[str] = Timers()
+    timers = Timers()
     calls = Calls()
     handle = timers.start(1.0, calls.note, "cancelled")
     timers.start(2.0, calls.note, "kept")
@@ -128,7 +128,7 @@ def test_cancelled_timers_never_run_and_do_not_wake_anybody() -> None:
 
 
 def test_a_callback_may_start_and_cancel_timers() -> None:
-    timers: Timers[str] = Timers()
+    timers = Timers()
     calls = Calls()
     victim = timers.start(1.5, calls.note, "victim")
 
@@ -144,7 +144,7 @@ def test_a_callback_may_start_and_cancel_timers() -> None:
 
 
 def test_cancelled_timers_do_not_pile_up() -> None:
-    timers: Timers[str] = Timers()
+    timers = Timers()
     calls = Calls()
     kept = [timers.start(1e6 + n, calls.note, "kept") for n in range(10)]
     for n in range(10_000):
