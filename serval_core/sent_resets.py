@@ -21,7 +21,6 @@ from serval_core.core import Core
 from serval_core.effects import SendPacket
 from serval_core.errors import TheirMistake
 from serval_core.flow import Flow
-from serval_core.names import FlowID
 from serval_core.timers import NO_TIMER
 from serval_core.wire.sal import RST, SalPacket
 
@@ -66,7 +65,7 @@ class SentResets:
         record = self._records[flow.flow_id] = SentReset(flow, effect, now)
         self._wait(record)
 
-    def find(self, flow_id: FlowID) -> SentReset | None:
+    def find(self, flow_id: int) -> SentReset | None:
         """The record of a flow that was reset not long ago."""
         return self._records.get(flow_id)
 

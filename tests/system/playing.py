@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -18,8 +19,13 @@ from tests.peers.raw_wire import Direction, Loss, lose_nothing
 OUR_SERVICE, THEIR_SERVICE, NOBODYS_SERVICE = 76568, 76569, 76570
 SOON_S = 20.0
 TCP_FIN = 0x01
+FLOW_IDS_EACH = 1000
 
 Kind = Callable[[Packet], bool]
+
+# A prototype numbers its flows from 2. Here each play has numbers of its own: what is still under way for a flow of an
+# earlier play must not meet one of this.
+_first_flow_ids = itertools.count(2, FLOW_IDS_EACH)
 
 
 class Playing:
@@ -58,7 +64,7 @@ class Playing:
 def options(lose: Loss = lose_nothing, **more: float) -> Options:
     """Options that make a test short: the timeout before the first round trip is a tenth of the prototype's."""
     chosen: dict[str, float] = {"timeout_s": SOON_S, "linger_s": 0.1, "initial_timeout_s": 0.3, **more}
-    return Options(lose=lose, **chosen)  # type: ignore[arg-type]
+    return Options(lose=lose, first_flow_id=next(_first_flow_ids), **chosen)  # type: ignore[arg-type]
 
 
 def random_data(size_bytes: int, seed: int = 1) -> bytes:

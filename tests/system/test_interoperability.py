@@ -384,11 +384,14 @@ def test_our_abort_resets_a_prototype(wire: Wire, role: str) -> None:
 
 def test_an_unknown_service_is_silence(wire: Wire) -> None:
     """As the prototype has it: no RST, so that its client goes on asking."""
-    client = PrototypeClient(NOBODYS_SERVICE, OURS, Behaviour(), options(timeout_s=1.0))
+    tap = Tap()
+    client = PrototypeClient(NOBODYS_SERVICE, OURS, Behaviour(), options(tap, timeout_s=1.0))
     before = wire.stack.counters().get("dropped_no_listener", 0)
     result = Playing(wire.theirs, client).result()
     assert result.timed_out
-    assert result.counters.get("received", 0) == 0
+    (flow,) = result.flows
+    received = [packet for way, packet in tap.packets if way == "received"]
+    assert [packet for packet in received if packet[SAL].dst_flowid == flow.flow_id] == []
     assert wire.stack.counters()["dropped_no_listener"] == before + result.counters["sent"]
 
 
