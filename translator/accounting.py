@@ -66,13 +66,17 @@ class Admission:
     )
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
         self.active = 0
         self.high_water = 0
         self.times_full = 0
         self.on_room: Callable[[], None] | None = None
         self.on_empty: Callable[[], None] | None = None
         self._waiting = False
+        self.change_limit(limit)
+
+    def change_limit(self, limit: int) -> None:
+        """Set another limit; who is here beyond it stays."""
+        self.limit = limit
         # Some room at once instead of pausing and resuming for each single client.
         self._resume_at = limit - max(1, min(limit // 32, 256))
 

@@ -2,41 +2,41 @@
 
 Everything or nothing: every port is bound and every name looked up before the stack starts, and nobody is let
 in before all of it runs. SIGTERM drains (no new clients, the present ones finish until the deadline), a
-second SIGTERM or SIGINT stops now. The policies of the parts are in legacy_side, serval_side, targets and
-relay.
+second SIGTERM or SIGINT stops now; SIGHUP has the configuration read again, if it can be. The policies of the
+parts are in legacy_side, serval_side, targets, relay and reload.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import contextlib
 import gc
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from serval_core.dataplane.kernel import DataPlaneSettings
-from serval_core.errors import OurMistake
-from serval_core.rules import Rule, RuleType
+from serval_core.errors import ServalError
 from serval_core.sal_settings import SalSettings
-from serval_core.service_table import ServiceTable
 from serval_core.stack import ServalStack, StackSettings
-from translator.accounting import Admission
+from translator.accounting import Admission, MapTraffic
 from translator.config import Settings
 from translator.descriptors import connection_limit, raise_descriptor_limit
 from translator.legacy_side import LegacyAcceptor, MappedPort, SocketOptions
 from translator.nearest import nearest
-from translator.port_map import Misconfigured, ServiceRule, rule_text
+from translator.port_map import Misconfigured, rule_text
 from translator.relay import Relay
+from translator.reload import Parts, ReadAgain, Retired, prepare, put_into_effect
 from translator.serval_side import ForwardSide, ReverseSide
+from translator.service_rules import replace_rules
 from translator.splice_engine import FALLBACK_BECAUSE, SpliceEngine
 from translator.systemd import notify_systemd
-from translator.targets import TargetDialer, TargetSet, resolve_targets
+from translator.targets import Target, TargetDialer, TargetSet, resolve_targets
 
 log = structlog.get_logger("translator")
 
@@ -80,13 +80,20 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 class Appliance:
-    """A running translator. `start()`, then `run_until_stopped()`, in the same event loop."""
+    """A running translator. `start()`, then `run_until_stopped()`, in the same event loop.
 
-    def __init__(self, settings: Settings) -> None:
+    `read_again` returns the settings anew and is what SIGHUP asks for; without it SIGHUP is SIGTERM.
+    """
+
+    def __init__(self, settings: Settings, read_again: ReadAgain | None = None) -> None:
         self._settings = settings.checked()
+        self._read_again = read_again
         self._loop = asyncio.get_running_loop()
         self._stop_wanted = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
+        self._retired: list[Retired] = []
+        self._served_by_retired = 0
         self._undo: list[Callable[[], None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._next_watch_s = 0.0
@@ -99,8 +106,10 @@ class Appliance:
         Signals are obeyed from now on: one that comes during the start takes effect right after it.
         """
         self._loop.set_exception_handler(report_defect)
-        for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal is gone
-            self._loop.add_signal_handler(number, self._terminate)
+        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        # Without a configuration that could be read again SIGHUP says that the terminal is gone.
+        reload = self._terminate if self._read_again is None else self._reload_wanted.set
+        self._loop.add_signal_handler(signal.SIGHUP, reload)
         self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
         try:
             await self._start()
@@ -136,7 +145,7 @@ class Appliance:
 
     def _start_on_stack(self, options: SocketOptions, target_sets: list[TargetSet]) -> None:
         settings, timeouts = self._settings, self._settings.timeouts
-        add_rules(self.stack.table, settings.rules)
+        replace_rules(self.stack.table, (), settings.rules, contextlib.ExitStack())
         engine = SpliceEngine(
             idle_timeout_s=timeouts.idle_s,
             left_fin_timeout_s=timeouts.client_fin_s,
@@ -181,9 +190,13 @@ class Appliance:
 
     async def run_until_stopped(self) -> None:
         """Serve until a signal asks to stop, then go down in order."""
-        self._announce()
+        self._announce("serving")
+        reloading = self._loop.create_task(self._reload_when_asked())
         try:
-            await self._stop_wanted.wait()
+            try:
+                await self._stop_wanted.wait()
+            finally:
+                reloading.cancel()
             notify_systemd("STOPPING=1")
             await self._drain()
         finally:
@@ -199,12 +212,21 @@ class Appliance:
         """What `show maps` shows."""
         now, live = self._loop.time(), self.relay.live_bytes()
         listed: list[dict[str, object]] = []
+
+        def add(
+            direction: str, traffic: MapTraffic, targets: Sequence[Target] = (), removed: bool = False
+        ) -> None:
+            shown = traffic.as_dict(live.get(traffic))
+            told = [target.as_dict(now) for target in targets]
+            listed.append({"direction": direction, **shown, "targets": told, "removed": removed})
+
         for traffic in self.acceptor.traffic:
-            listed.append({"direction": "forward", **traffic.as_dict(live.get(traffic)), "targets": []})
+            add("forward", traffic)
         for served in self.reverse.served:
-            targets = [target.as_dict(now) for target in served.targets.targets]
-            shown = served.traffic.as_dict(live.get(served.traffic))
-            listed.append({"direction": "reverse", **shown, "targets": targets})
+            add("reverse", served.traffic, served.targets.targets)
+        for direction, traffic in self._retired:
+            if traffic.active:
+                add(direction, traffic, removed=True)
         return listed
 
     def counters(self) -> dict[str, int]:
@@ -233,13 +255,13 @@ class Appliance:
             self.forward.sweep(time.monotonic())
         self._sweep_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
-    def _announce(self) -> None:
+    def _announce(self, event: str) -> None:
         if FALLBACK_BECAUSE is not None:
             log.warning(
                 "the compiled splice engine is missing, relaying costs more CPU", because=FALLBACK_BECAUSE
             )
         log.info(
-            "serving",
+            event,
             maps=[f"{each.listen_text}={each.service_text}" for each in self._settings.maps],
             reverse=[
                 f"{each.service_text}={','.join(map(str, each.targets))}" for each in self._settings.reverses
@@ -248,6 +270,32 @@ class Appliance:
             connection_limit=self.admission.limit,
         )
         notify_systemd("READY=1")
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self._reload()
+            except ServalError as refusal:
+                log.error("not reloaded, everything stays as it was", why=str(refusal))
+                notify_systemd("READY=1")
+            except Exception as error:
+                report_defect(self._loop, {"message": "reload failed", "exception": error})
+                notify_systemd("READY=1")
+
+    async def _reload(self) -> None:
+        """Read the configuration again and change what it changes. Raises Misconfigured, and then nothing has changed."""
+        assert self._read_again is not None
+        wanted = await asyncio.to_thread(prepare, self._read_again, self._settings)
+        parts = Parts(self.stack, self.admission, self.acceptor, self.reverse)
+        retired = put_into_effect(parts, self._settings, wanted)
+        self._settings = wanted.settings
+        ended = [each for each in self._retired if not each.traffic.active]
+        self._served_by_retired += sum(each.traffic.connections for each in ended)
+        self._retired = [each for each in self._retired if each.traffic.active] + retired
+        self._announce("reloaded")
 
     # -- going down ------------------------------------------------------------------------------------------
 
@@ -301,33 +349,14 @@ class Appliance:
         self.relay.stop()
         await self.stack.stop()
         self._forget_signals()
-        traffic = [*self.acceptor.traffic, *(served.traffic for served in self.reverse.served)]
-        log.info("stopped", served=sum(each.connections for each in traffic))
+        traffic = [
+            *self.acceptor.traffic,
+            *(served.traffic for served in self.reverse.served),
+            *(retired.traffic for retired in self._retired),
+        ]
+        log.info("stopped", served=self._served_by_retired + sum(each.connections for each in traffic))
 
 
 def report_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """An exception that nobody expected, in some callback: the others go on."""
     log.error("a defect of the translator", what=context["message"], exc_info=context.get("exception"))
-
-
-def add_rules(table: ServiceTable, rules: tuple[ServiceRule, ...]) -> None:
-    """Put the operator's rules into the service table. Raises Misconfigured."""
-    for rule in rules:
-        try:
-            for entry in table_rules(rule):
-                table.add(entry)
-        except OurMistake as mistake:
-            raise Misconfigured(rule.origin, str(mistake)) from None
-
-
-def table_rules(rule: ServiceRule) -> list[Rule]:
-    """The entries of the service table that a rule of the operator stands for."""
-    if rule.rule_type is RuleType.DROP:
-        entries = [Rule.drop(rule.prefix)]
-    else:
-        entries = [
-            Rule.forward(rule.prefix, target.address, weight=target.weight) for target in rule.addresses
-        ]
-    if rule.priority is None:
-        return entries
-    return [dataclasses.replace(entry, priority=rule.priority) for entry in entries]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Without a command the translator runs until SIGTERM (finish what is open) or SIGINT (stop now).",
+    epilog="Without a command the translator runs until SIGTERM (finish what is open) or SIGINT (stop now)."
+    " SIGHUP reads the configuration file again.",
 )
 @click.option(
     "--map",
@@ -198,7 +200,8 @@ def cli(
     """
     if context.invoked_subcommand is not None:
         return
-    _run(collect_settings(maps, reverses, rules, config, sections))
+    read = functools.partial(collect_settings, maps, reverses, rules, config, sections)
+    _run(read(), read if config is not None else None)
 
 
 @cli.command()
@@ -261,13 +264,13 @@ def _parse_all(
     return [parse(text, names, f"{option} {text}") for text in texts]
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, read_again: Callable[[], Settings] | None) -> None:
     # The stack is loaded only now: --help, check and show need none of it.
     from translator.appliance import Appliance, new_event_loop
     from translator.logging_setup import set_up_logging
 
     async def serve() -> None:
-        appliance = Appliance(settings)
+        appliance = Appliance(settings, read_again)
         await appliance.start()
         await appliance.run_until_stopped()
 

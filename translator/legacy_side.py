@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from translator.accounting import Admission, MapTraffic
 from translator.complaint import Complaint
-from translator.port_map import EVERY_ADDRESS, ForwardMap, Misconfigured, host_text
+from translator.port_map import EVERY_ADDRESS, ForwardMap, Misconfigured, addresses_overlap, host_text
 
 # Clients taken per wake-up of the loop: above, flows and timers would wait for a flood of clients.
 ACCEPTS_PER_WAKEUP = 64
@@ -64,6 +64,15 @@ class MappedPort(NamedTuple):
     socket: socket.socket
     map: ForwardMap
     traffic: MapTraffic
+    number: int
+
+
+class PortChange(NamedTuple):
+    """The ports of other maps, all of them open; `added` are those that were opened for it."""
+
+    ports: list[MappedPort]
+    added: list[MappedPort]
+    traffic: dict[ForwardMap, MapTraffic]
 
 
 def reset(connection: socket.socket) -> None:
@@ -80,6 +89,8 @@ def address_text(address: Address) -> str:
 
 class LegacyAcceptor:
     """The listening side. Use: `bind`, then `listen`, later `pause`, `resume`, `close`.
+
+    Other maps are served after `prepare` and `replace` (or, to forget them, `abandon`).
 
     Owns the listening sockets. An accepted socket (nonblocking) belongs to `on_client`.
     """
@@ -98,21 +109,19 @@ class LegacyAcceptor:
         self._wanted = False
         self._full = Complaint()
         self._shortage = Complaint()
-        self.traffic: list[MapTraffic] = []
+        self._traffic: dict[ForwardMap, MapTraffic] = {}
         self.counters = {"accept_lost_clients": 0, "accept_shortages": 0}
+
+    @property
+    def traffic(self) -> list[MapTraffic]:
+        """What each map has carried, in the order of the maps."""
+        return list(self._traffic.values())
 
     def bind(self, maps: Sequence[ForwardMap]) -> None:
         """Take every port; nobody can connect yet. Raises Misconfigured, and then no port is taken."""
-        try:
-            for each in maps:
-                traffic = MapTraffic(each.listen_text, each.service_text)
-                self.traffic.append(traffic)
-                for port in range(each.first_port, each.last_port + 1):
-                    bound = _bind(each, port, self._options)
-                    self._ports[bound.fileno()] = MappedPort(bound, each, traffic)
-        except BaseException:
-            self.close()
-            raise
+        change = self._bound(maps)
+        self._ports = {port.socket.fileno(): port for port in change.ports}
+        self._traffic = change.traffic
 
     def listen(self) -> None:
         """Let clients in. Raises Misconfigured if a port was lost meanwhile; then all are given back."""
@@ -120,16 +129,81 @@ class LegacyAcceptor:
         self._epoll = select.epoll()
         try:
             for fd, port in self._ports.items():
-                try:
-                    port.socket.listen(self._backlog)
-                except OSError as error:
-                    raise _refused(port.map, port.socket.getsockname()[1], error) from None
+                self._listen(port)
                 self._epoll.register(fd, select.EPOLLIN)
         except BaseException:
             self.close()
             raise
         self._admission.on_room = self._update
         self.resume()
+
+    def prepare(self, maps: Sequence[ForwardMap]) -> PortChange:
+        """Open what `maps` needs beyond the present ports; who dials it waits for `replace`.
+
+        Raises Misconfigured, and then nothing was opened.
+        """
+        change = self._bound(maps)
+        try:
+            for port in change.added:
+                self._listen(port)
+        except BaseException:
+            self.abandon(change)
+            raise
+        return change
+
+    def abandon(self, change: PortChange) -> None:
+        """Close what was opened for `change`."""
+        for port in change.added:
+            port.socket.close()
+
+    def replace(self, change: PortChange) -> list[MapTraffic]:
+        """Serve `change` instead; returns the accounts of the maps that are gone.
+
+        Who waits at a port that is given up is still let in, as far as the limit allows.
+        """
+        assert self._epoll is not None
+        before, self._ports = self._ports, {port.socket.fileno(): port for port in change.ports}
+        for port in change.added:
+            self._epoll.register(port.socket.fileno(), select.EPOLLIN)
+        for fd in before.keys() - self._ports.keys():
+            self._accept_from(before[fd], self._backlog)
+            before[fd].socket.close()  # which also takes it out of the epoll
+        gone = [traffic for each, traffic in self._traffic.items() if each not in change.traffic]
+        self._traffic = change.traffic
+        self.resume()
+        return gone
+
+    def _bound(self, maps: Sequence[ForwardMap]) -> PortChange:
+        """All ports of `maps`: those that are there with their new meaning, the others bound."""
+        present: dict[int, list[MappedPort]] = {}
+        for port in self._ports.values():
+            present.setdefault(port.number, []).append(port)
+        change = PortChange([], [], {})
+        try:
+            for each in maps:
+                known = each._replace(origin="")  # the same map may have moved to another line
+                traffic = self._traffic.get(known) or MapTraffic(each.listen_text, each.service_text)
+                change.traffic[known] = traffic
+                for number in range(each.first_port, each.last_port + 1):
+                    there = present.get(number, ())
+                    kept = next((port for port in there if port.map.address == each.address), None)
+                    if kept is not None:
+                        change.ports.append(kept._replace(map=each, traffic=traffic))
+                        continue
+                    _refuse_overlap(each, number, there)
+                    port = MappedPort(_bind(each, number, self._options), each, traffic, number)
+                    change.ports.append(port)
+                    change.added.append(port)
+        except BaseException:
+            self.abandon(change)
+            raise
+        return change
+
+    def _listen(self, port: MappedPort) -> None:
+        try:
+            port.socket.listen(self._backlog)
+        except OSError as error:
+            raise _refused(port.map, port.number, error) from None
 
     def pause(self) -> None:
         """Leave new clients in the kernel's queues."""
@@ -246,6 +320,17 @@ def _bind(each: ForwardMap, port: int, options: SocketOptions) -> socket.socket:
         raise _refused(each, port, error) from None
     bound.setblocking(False)
     return bound
+
+
+def _refuse_overlap(each: ForwardMap, number: int, there: Sequence[MappedPort]) -> None:
+    """The kernel would refuse too, but as if another program were in the way."""
+    for port in there:
+        if addresses_overlap(port.map.address, each.address):
+            raise Misconfigured(
+                each.origin,
+                f"cannot listen on {host_text(each.address)}:{number} while {host_text(port.map.address)}:{number}"
+                " is open; take that map out with one reload and put this one in with the next",
+            )
 
 
 def _new_socket(address: str) -> socket.socket:

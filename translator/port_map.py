@@ -348,7 +348,7 @@ def _refuse_port_overlaps(maps: Sequence[ForwardMap]) -> None:
     for item in sorted(maps, key=lambda item: item.first_port):
         still_open = [other for other in still_open if other.last_port >= item.first_port]
         for other in still_open:
-            if _addresses_overlap(item.address, other.address):
+            if addresses_overlap(item.address, other.address):
                 later, earlier = (item, other) if order[id(item)] > order[id(other)] else (other, item)
                 first, last = item.first_port, min(item.last_port, other.last_port)
                 what = f"port {first} is" if first == last else f"ports {first}-{last} are"
@@ -360,7 +360,7 @@ def _refuse_port_overlaps(maps: Sequence[ForwardMap]) -> None:
         still_open.append(item)
 
 
-def _addresses_overlap(one: str, other: str) -> bool:
+def addresses_overlap(one: str, other: str) -> bool:
     """Would the kernel refuse to let both listen on the same port?"""
     if one == other or EVERY_ADDRESS in (one, other):
         return True

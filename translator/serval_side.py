@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Sequence
 
 from serval_core.connection import Connection, Listener, PendingConnect
 from serval_core.errors import OurMistake
@@ -201,9 +202,24 @@ class ServedPrefix:
         self.side = side
         self.map = reverse
         self.targets = targets
-        self.traffic = MapTraffic(reverse.service_text, ",".join(map(str, reverse.targets)))
+        self.traffic = _traffic(reverse)
         self.complaint = Complaint()
         self.listener: Listener | None = None
+
+    def close(self) -> None:
+        """Accept no more flows; those that were accepted live on."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+
+    def change(self, reverse: ReverseMap, targets: TargetSet) -> MapTraffic | None:
+        """Take new flows to other targets; returns the account of the map as it was, if it differs."""
+        targets.succeed(self.targets)
+        before, self.map, self.targets = self.map, reverse, targets
+        if (before.service_text, before.targets) == (reverse.service_text, reverse.targets):
+            return None
+        gone, self.traffic = self.traffic, _traffic(reverse)
+        return gone
 
     def flow(self, connection: Connection) -> None:
         """The stack accepted a flow."""
@@ -222,6 +238,10 @@ class ServedPrefix:
             pair.wait(dial)
 
 
+def _traffic(reverse: ReverseMap) -> MapTraffic:
+    return MapTraffic(reverse.service_text, ",".join(map(str, reverse.targets)))
+
+
 class ReverseSide:
     """Serval flows in, legacy connections out."""
 
@@ -232,7 +252,9 @@ class ReverseSide:
         self.dialing: set[ReversePair] = set()
         self.served: list[ServedPrefix] = []
 
-    def serve(self, stack: ServalStack, reverse: ReverseMap, targets: TargetSet, backlog: int) -> None:
+    def serve(
+        self, stack: ServalStack, reverse: ReverseMap, targets: TargetSet, backlog: int
+    ) -> ServedPrefix:
         """Listen on the map's prefix. Raises Misconfigured when the stack refuses it."""
         served = ServedPrefix(self, reverse, targets)
         try:
@@ -240,13 +262,31 @@ class ReverseSide:
         except OurMistake as mistake:
             raise Misconfigured(reverse.origin, str(mistake)) from None
         self.served.append(served)
+        return served
+
+    def stop_serving(self, served: ServedPrefix) -> None:
+        """Give one prefix up."""
+        served.close()
+        self.served.remove(served)
+
+    def replace(self, reverses: Sequence[ReverseMap], target_sets: Sequence[TargetSet]) -> list[MapTraffic]:
+        """Serve these instead, all of whose prefixes are served already; returns the accounts of what is gone."""
+        wanted = {
+            reverse.prefix: (reverse, targets) for reverse, targets in zip(reverses, target_sets, strict=True)
+        }
+        gone: list[MapTraffic] = []
+        for served in list(self.served):
+            if served.map.prefix not in wanted:
+                self.stop_serving(served)
+                gone.append(served.traffic)
+            elif (account := served.change(*wanted[served.map.prefix])) is not None:
+                gone.append(account)
+        return gone
 
     def close(self) -> None:
         """Accept no more flows."""
         for served in self.served:
-            if served.listener is not None:
-                served.listener.close()
-                served.listener = None
+            served.close()
 
     def give_up_all(self) -> None:
         """End every flow that still waits for its target."""

@@ -119,7 +119,7 @@ def _map_table(maps: Sequence[Row]) -> Table:
         ends = [f"{each[key]} {words}" for key, words in _ENDS.items() if each[key]]
         table.add_row(
             str(each["direction"]),
-            escape(str(each["listen"])),
+            escape(str(each["listen"]) + (" (removed)" if each["removed"] else "")),
             escape(str(each["service"]) + (f" (down: {', '.join(avoided)})" if avoided else "")),
             str(each["active"]),
             str(each["connections"]),

@@ -56,6 +56,13 @@ class TargetSet:
         self.targets = targets
         self._next = 0
 
+    def succeed(self, earlier: TargetSet) -> None:
+        """Take the place of `earlier`: what was known of a target that is still there stays known."""
+        known = {(each.text, each.family, each.socket_address): each for each in earlier.targets}
+        self.targets = [
+            known.get((each.text, each.family, each.socket_address), each) for each in self.targets
+        ]
+
     def in_order(self, now: float) -> list[Target]:
         """All targets, those to be avoided last, otherwise beginning with the one whose turn it is."""
         targets = self.targets

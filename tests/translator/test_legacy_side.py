@@ -311,3 +311,64 @@ def test_reset_is_seen_as_a_reset() -> None:
     reset(server)
     with client, pytest.raises(ConnectionResetError):
         client.recv(1)
+
+
+def test_other_maps_are_prepared_and_then_replace_the_present_ones(connections: list[socket.socket]) -> None:
+    """Who waits at a port that stays goes by the new map; who waits at one that is given up is still let in."""
+    first = free_range(4)
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{first}-{first + 1}")])
+        door.acceptor.listen()
+        door.acceptor.pause()
+        change = door.acceptor.prepare([forward_map(f"127.0.0.1:{first + 1}-{first + 2}")])
+        for port in (first, first + 1, first + 2):
+            connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        (before,) = door.acceptor.traffic
+        assert door.acceptor.replace(change) == [before]
+        await door.wait_for(3)
+        ports = {
+            client.getsockname()[1] - first: port.map.first_port - first for client, _, port in door.clients
+        }
+        assert ports == {0: 0, 1: 1, 2: 1}
+        assert sorted(address[1] - first for address in door.acceptor.addresses()) == [1, 2]
+        assert [each.listen for each in door.acceptor.traffic] == [f"127.0.0.1:{first + 1}-{first + 2}"]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", first), TIMEOUT_S)
+
+    with_door(test)
+
+
+@pytest.mark.parametrize("listen", ["{taken}", "0.0.0.0:{present}"])
+def test_maps_that_cannot_be_had_change_nothing(listen: str, connections: list[socket.socket]) -> None:
+    first = free_range(3)
+    present, taken, free = first, first + 1, first + 2
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([forward_map(f"127.0.0.1:{present}")])
+        door.acceptor.listen()
+        wrong = forward_map(listen.format(taken=taken, present=present))
+        with pytest.raises(Misconfigured, match="cannot listen on"):
+            door.acceptor.prepare([forward_map(f"127.0.0.1:{free}"), wrong])
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", free), TIMEOUT_S)
+        connections.append(socket.create_connection(("127.0.0.1", present), TIMEOUT_S))
+        await door.wait_for(1)
+
+    with socket.create_server(("127.0.0.1", taken)):
+        with_door(test)
+
+
+def test_maps_come_after_a_start_without_any(connections: list[socket.socket]) -> None:
+    port = free_port()
+
+    async def test(door: Door) -> None:
+        door.acceptor.bind([])
+        door.acceptor.listen()
+        assert door.acceptor.replace(door.acceptor.prepare([forward_map(f"127.0.0.1:{port}")])) == []
+        connections.append(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        await door.wait_for(1)
+        door.acceptor.replace(door.acceptor.prepare([]))
+        assert door.acceptor.addresses() == []
+
+    with_door(test)
