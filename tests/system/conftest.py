@@ -1,4 +1,7 @@
-"""The chain that unmodified programs are tested through, and the proof that nothing stays behind."""
+"""The hosts that the whole system is tested on, and the proof that nothing stays behind.
+
+`chain`: four in a row, for unmodified programs. `pair`: two, for the translator's own behaviour.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from through_chain import PORTS, RAW, settled_holdings, wait_for_holdings
+from translator_pair import Pair
 
 from lab.chain import Chain, kernel_traces
 from lab.hosts import Lab
@@ -43,3 +47,17 @@ def listener(chain: Chain) -> Iterator[socket.socket]:
     with chain.server.call(socket.create_server, (chain.direct, RAW)) as server:
         server.settimeout(10)
         yield server
+
+
+@pytest.fixture(scope="module")
+def two_hosts(root: None) -> Iterator[Pair]:
+    """The hosts of `pair`, made once for all tests of a module."""
+    with Lab() as lab:
+        yield Pair(lab)
+
+
+@pytest.fixture
+def pair(two_hosts: Pair) -> Iterator[Pair]:
+    """Two hosts on which the test starts translators; afterwards they are ended and must have removed their traces."""
+    yield two_hosts
+    two_hosts.end()

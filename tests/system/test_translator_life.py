@@ -6,27 +6,13 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
 
 import pytest
 from translator_pair import PORT, SERVICE, TIMEOUT_S, Pair, ending, exchange, only_map, wait_counter
 
 from lab.chain import COMMAND, kernel_traces
-from lab.hosts import Lab
 from lab.traffic import PROJECT
 from lab.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def hosts(root: None) -> Iterator[Pair]:
-    with Lab() as lab:
-        yield Pair(lab)
-
-
-@pytest.fixture
-def pair(hosts: Pair) -> Iterator[Pair]:
-    yield hosts
-    hosts.end()
 
 
 def refused(pair: Pair, *options: str) -> tuple[int, str]:
@@ -44,7 +30,7 @@ def test_sigterm_lets_open_connections_finish_and_lets_nobody_in(pair: Pair) -> 
     exchange(client, server)
     for side in (forward, reverse):
         side.process.send_signal(signal.SIGTERM)
-        wait_for(lambda side=side: "draining" in side.log(), "it to drain")
+    wait_for(lambda: all("draining" in side.log() for side in (forward, reverse)), "both to drain")
     with pytest.raises(ConnectionRefusedError):
         pair.dial()
     exchange(client, server, rounds=10)
@@ -206,7 +192,7 @@ def test_show_flows_services_and_maps(pair: Pair) -> None:
     client_place = f"127.0.0.1:{client.getsockname()[1]}"
 
     def show(*words: str) -> str:
-        return pair.near.run([*COMMAND, "show", *words], cwd=PROJECT).stdout
+        return str(pair.near.run([*COMMAND, "show", *words], cwd=PROJECT).stdout)
 
     def seen() -> bool:
         (flow,) = json.loads(show("flows", "--json"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator
 
 import pytest
 from translator_pair import (
@@ -20,20 +19,7 @@ from translator_pair import (
     wait_counter,
 )
 
-from lab.hosts import Lab
 from lab.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def hosts(root: None) -> Iterator[Pair]:
-    with Lab() as lab:
-        yield Pair(lab)
-
-
-@pytest.fixture
-def pair(hosts: Pair) -> Iterator[Pair]:
-    yield hosts
-    hosts.end()
 
 
 def reset_by_client(client: socket.socket) -> None:
