@@ -10,7 +10,8 @@ import socket as python_socket
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from serval_core.errors import KernelRefused
 
@@ -65,7 +66,7 @@ cdef extern from "<netinet/in.h>" nogil:
     int IPPROTO_IP, IP_PKTINFO, AF_INET
 
 DEF BATCH = 64
-DEF PACKET_BYTES = 9216      # a control packet is at most 20 + 1020 + 60 bytes, early data one MTU, jumbo frames included
+DEF PACKET_BYTES = 65536     # a datagram may be as long as IPv4 allows: the kernel has put its fragments together
 DEF CONTROL_BYTES = 64
 
 PROTOCOL_SAL = 144
@@ -79,13 +80,14 @@ cdef class RawSocket:
 
     cdef object socket
     cdef readonly int fd
-    cdef char buffers[BATCH][PACKET_BYTES]
+    cdef char *buffers           # BATCH of them; no page exists before a packet needs it
     cdef char controls[BATCH][CONTROL_BYTES]
     cdef mmsghdr messages[BATCH]
     cdef iovec vectors[BATCH]
 
     def __init__(self, int filter_program_fd, int receive_buffer_bytes=8 << 20):
         """Opens with the filter in place, so that nothing unwanted is ever queued. Raises KernelRefused."""
+        cdef int i
         hint = "Needs CAP_NET_RAW; run `serval-translator doctor`."
         try:
             self.socket = python_socket.socket(python_socket.AF_INET, python_socket.SOCK_RAW, PROTOCOL_SAL)
@@ -101,13 +103,20 @@ cdef class RawSocket:
         except OSError as error:
             self.socket.close()
             raise KernelRefused("setsockopt on the raw socket", error.errno, hint) from error
+        self.buffers = <char *>malloc(BATCH * PACKET_BYTES)
+        if self.buffers is NULL:
+            self.socket.close()
+            raise MemoryError
         self.fd = self.socket.fileno()
         for i in range(BATCH):
-            self.vectors[i].iov_base = self.buffers[i]
+            self.vectors[i].iov_base = self.buffers + i * PACKET_BYTES
             self.vectors[i].iov_len = PACKET_BYTES
             memset(&self.messages[i], 0, sizeof(mmsghdr))
             self.messages[i].msg_hdr.msg_iov = &self.vectors[i]
             self.messages[i].msg_hdr.msg_iovlen = 1
+
+    def __dealloc__(self):
+        free(self.buffers)
 
     def close(self) -> None:
         self.socket.close()
@@ -134,7 +143,7 @@ cdef class RawSocket:
                 information = <in_pktinfo *>CMSG_DATA(control)
                 interface = information.ipi_ifindex
                 broadcast = information.ipi_spec_dst.s_addr != information.ipi_addr.s_addr
-            received.append((PyBytes_FromStringAndSize(self.buffers[i], self.messages[i].msg_len), interface, broadcast))
+            received.append((PyBytes_FromStringAndSize(self.buffers + i * PACKET_BYTES, self.messages[i].msg_len), interface, broadcast))
         return received
 
     def send(self, bytes packet, uint32_t destination, int interface_index) -> int:

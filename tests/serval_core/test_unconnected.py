@@ -1,0 +1,360 @@
+"""Do unconnected datagrams find their service, and is what is wrong with them counted and nothing else?"""
+
+from __future__ import annotations
+
+from errno import EADDRNOTAVAIL, EHOSTUNREACH, EINVAL, EMSGSIZE
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scapy.layers.inet import IP, defragment
+
+from serval_core.dataplane.memory_network import WIRE_INDEX, Faults, MemoryNetwork, MemoryPaths
+from serval_core.effects import Datagram, DatagramRefused, DeliverDatagram, SendPacket
+from serval_core.errors import OurMistake
+from serval_core.names import DEFAULT_PREFIX, FlowID, ServiceID, parse_address, parse_service
+from serval_core.rules import Rule
+from serval_core.sal import SalSettings, ServiceAccessLayer
+from serval_core.service_table import ServiceTable
+from serval_core.unconnected import PAYLOAD_BYTES_MAX, Endpoint, PayloadSize
+from serval_core.wire import ipv4, sal, udp
+from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, PROTOCOL_UDP, RST, Control, SalPacket
+from serval_core.wire.udp import UdpDatagram
+from tests.serval_core.lone_host import LOCAL, OTHER, REMOTE, SERVICE, SERVICE_ID, LoneHost
+from tests.serval_core.wire.captures import CAPTURES
+
+CLIENT_ID = parse_service("700").service_id
+NO_NONCE = bytes(8)
+(RECORDED,) = (list(each.packets()) for each in CAPTURES if each.name == "07_udp_unconnected.pcap")
+ID_AND_CHECKSUM = (slice(4, 6), slice(10, 12))
+
+
+def bound(host: LoneHost, service: str = "700") -> Endpoint:
+    return host.sal.bind_datagrams(parse_service(service))
+
+
+def datagram(
+    payload: bytes = b"payload",
+    services: tuple[ServiceID, ...] = (SERVICE_ID, CLIENT_ID),
+    flow_id: int = 6,
+    checksummed: bool = True,
+    protocol: int = PROTOCOL_UDP,
+    source_addresses: tuple[int, ...] = (),
+) -> bytes:
+    """A datagram from REMOTE to LOCAL."""
+    transport = udp.emit(UdpDatagram(0, 0, payload, checksummed), REMOTE, LOCAL)
+    packet = SalPacket(flow_id, 0, protocol, None, services, source_addresses, transport)
+    return ipv4.emit(REMOTE, LOCAL, PROTOCOL_SAL, sal.emit(packet))
+
+
+def delivered(host: LoneHost) -> list[DeliverDatagram]:
+    return host.news(DeliverDatagram)
+
+
+class RecordedHost:
+    """Our SAL at the address of a recorded prototype."""
+
+    def __init__(self, address: str) -> None:
+        table = ServiceTable()
+        paths = MemoryPaths(parse_address(address), 1500)
+        wire = paths.wire
+        table.replace_broadcast_rules([Rule.broadcast_on(wire.broadcast_address, wire.index)])
+        self.sal = ServiceAccessLayer(SalSettings(), table, paths, Random(1))
+
+    def sends(self, service: str, flow_id: int, payload: bytes, destination: ServiceID) -> bytes:
+        endpoint = self.sal.bind_datagrams(parse_service(service))
+        endpoint.flow_id = FlowID(flow_id)
+        assert self.sal.send_datagram(endpoint.endpoint_id, payload, destination) == 0
+        (effect,) = self.sal.take_effects()
+        assert isinstance(effect, SendPacket)
+        return effect.packet
+
+
+def without_identification(packet: bytes) -> bytes:
+    """The kernel fills the identification in, and with it the checksum of the IP header."""
+    blank = bytearray(packet)
+    for part in ID_AND_CHECKSUM:
+        blank[part] = bytes(2)
+    return bytes(blank)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_what_leaves_is_byte_for_byte_what_the_prototype_sent(index: int) -> None:
+    recorded = RECORDED[index]
+    packet = sal.parse(ipv4.parse(recorded).payload)
+    payload = udp.parse(packet.transport, 0, 0, verify=False).payload
+    host = RecordedHost("10.77.0.2" if recorded[15] == 2 else "10.77.0.1")
+    service = str(int.from_bytes(packet.services[1][:4], "big"))
+    sent = host.sends(service, packet.src_flow_id, payload, packet.services[0])
+    assert without_identification(sent) == without_identification(recorded)
+
+
+def test_recorded_datagrams_arrive() -> None:
+    host = RecordedHost("10.77.0.2")
+    endpoint = host.sal.bind_datagrams(parse_service("700"))
+    for packet in RECORDED:
+        host.sal.packet_received(packet, WIRE_INDEX, packet[19] == 255, 1.0)
+    payloads = [
+        (each.endpoint_id, each.datagram.payload, each.datagram.source_address)
+        for each in host.sal.take_effects()
+        if isinstance(each, DeliverDatagram)
+    ]
+    hello = (endpoint.endpoint_id, b"unconnected hello", parse_address("10.77.0.1"))
+    assert payloads == [hello, hello, (endpoint.endpoint_id, b"nobody there", parse_address("10.77.0.1"))]
+
+
+def test_our_refusal_is_the_recorded_one() -> None:
+    """Apart from its IP source, which is the broadcast address in the recording: we do not refuse broadcasts."""
+    offender, refusal = RECORDED[4], RECORDED[5]
+    host = RecordedHost("10.77.0.2")
+    unicast = ipv4.emit(
+        parse_address("10.77.0.1"), parse_address("10.77.0.2"), PROTOCOL_SAL, ipv4.parse(offender).payload
+    )
+    host.sal.packet_received(offender, WIRE_INDEX, True, 1.0)
+    assert host.sal.take_effects() == []
+    host.sal.packet_received(unicast, WIRE_INDEX, False, 1.0)
+    (answer,) = host.sal.take_effects()
+    assert isinstance(answer, SendPacket)
+    assert ipv4.parse(answer.packet).payload == ipv4.parse(refusal).payload
+
+
+def test_a_refusal_is_told_and_ends_nothing() -> None:
+    host = LoneHost()
+    host.forward(REMOTE)
+    endpoint = bound(host)
+    host.sal.send_datagram(endpoint.endpoint_id, b"one", SERVICE_ID)
+    host.effects()
+    refusal = SalPacket(0, endpoint.flow_id, PROTOCOL_UDP, Control(RST | ACK, 0, 0, NO_NONCE), (), (), b"")
+    host.receive(ipv4.emit(REMOTE, LOCAL, PROTOCOL_SAL, sal.emit(refusal)))
+    assert host.news(DatagramRefused) == [DatagramRefused(endpoint.endpoint_id, REMOTE)]
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"two", SERVICE_ID) == 0
+    host.receive(datagram(services=(CLIENT_ID, SERVICE_ID)))
+    assert len(delivered(host)) == 1
+
+
+def test_an_rst_with_a_nonce_is_no_refusal() -> None:
+    host = LoneHost()
+    endpoint = bound(host)
+    forged = SalPacket(0, endpoint.flow_id, PROTOCOL_UDP, Control(RST | ACK, 0, 0, b"a nonce."), (), (), b"")
+    host.receive(ipv4.emit(REMOTE, LOCAL, PROTOCOL_SAL, sal.emit(forged)))
+    assert host.news(DatagramRefused) == []
+    assert host.dropped("unknown_flow") == 1
+
+
+def test_delivery_says_all_that_is_known() -> None:
+    host = LoneHost()
+    endpoint = host.sal.bind_datagrams(parse_service("0x0001:16"))
+    host.receive(datagram())
+    assert delivered(host) == [
+        DeliverDatagram(endpoint.endpoint_id, Datagram(b"payload", CLIENT_ID, SERVICE_ID, REMOTE, WIRE_INDEX))
+    ]
+    assert host.packets() == []
+
+
+def test_what_a_service_router_passed_on_comes_from_the_originator() -> None:
+    host = LoneHost()
+    bound(host, "76568")
+    host.receive(datagram(source_addresses=(REMOTE, OTHER)))
+    assert [each.datagram.source_address for each in delivered(host)] == [REMOTE]
+
+
+def test_a_datagram_needs_no_checksum() -> None:
+    host = LoneHost()
+    bound(host, "76568")
+    host.receive(datagram(checksummed=False))
+    assert len(delivered(host)) == 1
+
+
+def damaged(packet: bytes) -> bytes:
+    return packet[:-1] + bytes((packet[-1] ^ 1,))
+
+
+@pytest.mark.parametrize(
+    ("packet", "reason"),
+    [
+        (datagram(b""), "datagram_empty"),
+        (datagram(services=(SERVICE_ID,)), "datagram_without_source"),
+        (damaged(datagram()), "udp_checksum"),
+        (datagram()[:2] + (20 + 84 + 7).to_bytes(2, "big") + datagram()[4:], "ipv4_checksum"),
+        (
+            ipv4.emit(
+                REMOTE,
+                LOCAL,
+                PROTOCOL_SAL,
+                sal.emit(SalPacket(6, 0, PROTOCOL_UDP, None, (SERVICE_ID, CLIENT_ID), (), b"short")),
+            ),
+            "udp_truncated",
+        ),
+    ],
+    ids=["empty", "one service", "damaged", "damaged header", "short"],
+)
+def test_bad_datagrams_are_counted_and_dropped(packet: bytes, reason: str) -> None:
+    host = LoneHost()
+    bound(host, "76568")
+    host.receive(packet)
+    assert host.dropped(reason) == 1
+    assert host.effects() == []
+
+
+@pytest.mark.parametrize(
+    "packet", [datagram(), datagram(protocol=PROTOCOL_TCP)], ids=["datagram", "not a datagram"]
+)
+def test_a_listener_for_connections_gets_no_datagrams(packet: bytes) -> None:
+    host = LoneHost()
+    host.listen()
+    host.receive(packet)
+    assert host.only_packet().control.flags == RST | ACK
+
+
+def test_a_syn_to_an_endpoint_is_dropped() -> None:
+    host = LoneHost()
+    bound(host, "76568")
+    control = Control(sal.SYN, 1, 0, b"12345678")
+    for protocol in (PROTOCOL_TCP, PROTOCOL_UDP):
+        transport = udp.emit(UdpDatagram(0, 0, b""), REMOTE, LOCAL)
+        packet = SalPacket(6, 0, protocol, control, (SERVICE_ID,), (), transport)
+        host.receive(ipv4.emit(REMOTE, LOCAL, PROTOCOL_SAL, sal.emit(packet)))
+    assert host.effects() == []
+    assert host.sal.flows() == []
+
+
+def test_each_datagram_is_resolved_anew() -> None:
+    host = LoneHost()
+    host.forward(REMOTE, OTHER)
+    endpoint = bound(host)
+    for _ in range(200):
+        host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID)
+    destinations = [packet.destination for packet in host.packets()]
+    assert 60 < destinations.count(REMOTE) < 140
+    assert set(destinations) == {REMOTE, OTHER}
+
+
+def test_an_address_skips_resolution_and_does_not_stick() -> None:
+    host = LoneHost()
+    endpoint = bound(host)
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, OTHER) == 0
+    assert host.only_packet().destination == OTHER
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID) == EADDRNOTAVAIL
+    assert host.packets() == []
+
+
+def test_nowhere_to_go() -> None:
+    host = LoneHost()
+    endpoint = bound(host)
+    host.table.add(Rule.drop(SERVICE))
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID) == EHOSTUNREACH
+    host.table.add(Rule.forward(parse_service("800"), REMOTE))
+    host.paths.up = False
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", parse_service("800").service_id) == EHOSTUNREACH
+    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, OTHER) == EHOSTUNREACH
+    assert host.sal.counters["datagrams_without_way"] == 3
+    assert host.packets() == []
+
+
+def test_a_prefix_speaks_for_its_services_only() -> None:
+    host = LoneHost()
+    host.forward(REMOTE)
+    endpoint = host.sal.bind_datagrams(parse_service("0xabcd:16"))
+    member = parse_service("0xabcd01").service_id
+    host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, source=member)
+    assert host.only_packet().sal.services == (SERVICE_ID, member)
+    with pytest.raises(OurMistake, match="not covered"):
+        host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, source=CLIENT_ID)
+
+
+@pytest.mark.parametrize(("size", "errno"), [(0, EINVAL), (PAYLOAD_BYTES_MAX + 1, EMSGSIZE)])
+def test_sizes_that_no_datagram_has(size: int, errno: int) -> None:
+    host = LoneHost()
+    host.forward(REMOTE)
+    endpoint = bound(host)
+    with pytest.raises(PayloadSize, match="datagram") as mistake:
+        host.sal.send_datagram(endpoint.endpoint_id, bytes(size), SERVICE_ID)
+    assert mistake.value.errno == errno
+    assert host.packets() == []
+
+
+@given(st.integers(1, PAYLOAD_BYTES_MAX), st.sampled_from([576, 1500, 9000]))
+@settings(max_examples=30, deadline=None)
+def test_fragments_make_the_packet_again(size: int, mtu_bytes: int) -> None:
+    """Scapy puts them together, as the receiver's kernel would."""
+    host = LoneHost()
+    host.paths = MemoryPaths(LOCAL, mtu_bytes)
+    host.sal = ServiceAccessLayer(SalSettings(), host.table, host.paths, Random(1))
+    host.forward(REMOTE)
+    payload = Random(size).randbytes(size)
+    host.sal.send_datagram(bound(host).endpoint_id, payload, SERVICE_ID)
+    packets = [each.packet for each in host.effects() if isinstance(each, SendPacket)]
+    assert max(map(len, packets)) <= mtu_bytes
+    assert len(packets) == 1 or len(packets) >= (size + 112) // mtu_bytes
+    (whole,) = defragment([IP(each) for each in packets])  # type: ignore[no-untyped-call]
+    receiver = LoneHost()
+    bound(receiver, "76568")
+    receiver.receive(ipv4.emit(LOCAL, REMOTE, PROTOCOL_SAL, bytes(whole.payload)))
+    assert [each.datagram.payload for each in delivered(receiver)] == [payload]
+
+
+def test_random_endpoints_differ_and_nothing_is_bound_twice() -> None:
+    host = LoneHost()
+    first, second = host.sal.bind_datagrams(None), host.sal.bind_datagrams(None)
+    assert first.prefix != second.prefix
+    assert first.flow_id != second.flow_id
+    for taken in (first.prefix, DEFAULT_PREFIX):
+        with pytest.raises(OurMistake):
+            host.sal.bind_datagrams(taken)
+    host.listen()
+    with pytest.raises(OurMistake, match="already being listened on"):
+        bound(host, "76568")
+    assert [each["service"] for each in host.sal.datagram_endpoints()] == [str(first.prefix), str(second.prefix)]
+
+
+def test_a_closed_endpoint_is_gone() -> None:
+    host = LoneHost()
+    endpoint = bound(host, "76568")
+    host.sal.close_datagrams(endpoint.endpoint_id)
+    host.receive(datagram())
+    assert delivered(host) == []
+    for call in (
+        lambda: host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID),
+        lambda: host.sal.close_datagrams(endpoint.endpoint_id),
+    ):
+        with pytest.raises(OurMistake, match="no datagram endpoint"):
+            call()
+    bound(host, "76568")
+
+
+def test_on_a_bad_network_what_arrives_is_what_was_sent() -> None:
+    network = MemoryNetwork(7, Faults(loss=0.2, duplication=0.2, reordering=0.3))
+    client, server = network.add_host(LOCAL), network.add_host(REMOTE)
+    wire = client.paths.wire
+    for host in (client, server):
+        host.table.replace_broadcast_rules([Rule.broadcast_on(wire.broadcast_address, wire.index)])
+    asking = client.sal.bind_datagrams(None)
+    answering = server.sal.bind_datagrams(SERVICE)
+    for number in range(200):
+        client.sal.send_datagram(asking.endpoint_id, b"question %d" % number, SERVICE_ID)
+        client.settle()
+    network.run()
+    for each in server.datagrams:
+        server.sal.send_datagram(answering.endpoint_id, b"answer to " + each.datagram.payload, each.datagram.source_service)
+        server.settle()
+    network.run()
+    questions = {b"question %d" % number for number in range(200)}
+    asked = {each.datagram.payload for each in server.datagrams}
+    answered = {each.datagram.payload for each in client.datagrams}
+    assert 100 < len(asked) < 200
+    assert asked < questions
+    assert answered < {b"answer to " + each for each in asked}
+    assert {each.datagram.source_service for each in client.datagrams} == {SERVICE_ID}
+
+
+def test_both_ends_on_one_host() -> None:
+    network = MemoryNetwork(1)
+    host = network.add_host(LOCAL)
+    near, far = host.sal.bind_datagrams(None), host.sal.bind_datagrams(SERVICE)
+    assert host.sal.send_datagram(near.endpoint_id, b"here", SERVICE_ID) == 0
+    host.settle()
+    network.run()
+    ((endpoint_id, arrived),) = [(each.endpoint_id, each.datagram) for each in host.datagrams]
+    assert (endpoint_id, arrived.payload) == (far.endpoint_id, b"here")
+    assert arrived.source_service == near.prefix.service_id
