@@ -13,8 +13,7 @@ from serval_core.wire.checksum import (
     update_checksum,
 )
 
-words = st.integers(0, 0xFFFF)
-addresses = st.integers(0, 0xFFFFFFFF)
+from .strategies import addresses, words
 
 
 def obvious_sum(data: bytes) -> int:

@@ -17,12 +17,11 @@ from serval_core.wire.control_messages import (
 )
 
 from .mistakes import reason_for
+from .strategies import octets, service_ids, words, words32
 
-octets = st.integers(0, 0xFF)
-words32 = st.integers(0, 0xFFFFFFFF)
-prefixes = st.just(DEFAULT_PREFIX) | st.builds(
-    ServicePrefix.of, st.binary(min_size=32, max_size=32).map(ServiceID), st.integers(1, 256)
-).filter(lambda prefix: any(prefix.service_id))
+prefixes = st.just(DEFAULT_PREFIX) | st.builds(ServicePrefix.of, service_ids, st.integers(1, 256)).filter(
+    lambda prefix: any(prefix.service_id)
+)
 registrations = st.builds(
     Registration,
     kind=st.sampled_from([MessageType.REGISTER, MessageType.UNREGISTER]),
@@ -35,7 +34,7 @@ registrations = st.builds(
 )
 services = st.builds(
     ServiceInfo,
-    rule_type=st.integers(0, 0xFFFF),
+    rule_type=words,
     prefix=prefixes,
     address=words32,
     interface_index=words32,

@@ -12,10 +12,7 @@ from serval_core.wire import ipv4
 from serval_core.wire.checksum import internet_checksum
 
 from .mistakes import reason_for
-
-addresses = st.integers(0, 0xFFFFFFFF)
-octets = st.integers(0, 0xFF)
-words = st.integers(0, 0xFFFF)
+from .strategies import addresses, octets, words
 
 packets = st.builds(
     ipv4.IPv4Packet,

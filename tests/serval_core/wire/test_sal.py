@@ -13,24 +13,9 @@ from serval_core.wire.checksum import internet_checksum
 from serval_core.wire.sal import Control, SalPacket
 
 from .mistakes import reason_for
+from .strategies import controls, octets, sal_packets, words32
 
-words32 = st.integers(0, 0xFFFFFFFF)
-octets = st.integers(0, 0xFF)
-nonces = st.binary(min_size=8, max_size=8)
-flags = st.integers(0, 63).map(lambda bits: bits << 2)
-service_ids = st.binary(min_size=32, max_size=32).map(ServiceID)
-controls = st.builds(Control, flags, words32, words32, nonces)
-source_addresses = st.just(()) | st.lists(words32, min_size=2, max_size=20).map(tuple)
-packets = st.builds(
-    SalPacket,
-    src_flow_id=words32,
-    dst_flow_id=words32,
-    protocol=octets,
-    control=st.none() | controls,
-    services=st.lists(service_ids, max_size=2).map(tuple),
-    source_addresses=source_addresses,
-    transport=st.binary(max_size=60),
-)
+packets = sal_packets(octets, st.binary(max_size=60))
 
 CONTROL = bytes.fromhex("1014a000 00001000 00002000 1122334455667788")
 SERVICE = bytes.fromhex("20240000") + bytes(range(32))

@@ -29,52 +29,16 @@ from serval_core.wire.scapy_layers import (
 from serval_core.wire.tcp_segment import TcpOptions, TcpSegment
 from serval_core.wire.udp import UdpDatagram
 
-from . import captures
+from . import captures, strategies
 from .captures import CAPTURES, Capture
+from .strategies import addresses, words
 from .vectors import ENCAPSULATED_SYN, PACKETS, PacketVector
 
 by_capture = pytest.mark.parametrize("capture", CAPTURES, ids=lambda capture: capture.name)
 by_packet = pytest.mark.parametrize("vector", PACKETS, ids=lambda vector: vector.title)
 
-words = st.integers(0, 0xFFFF)
-words32 = st.integers(0, 0xFFFFFFFF)
-octets = st.integers(0, 255)
-sal_packets = st.builds(
-    SalPacket,
-    src_flow_id=words32,
-    dst_flow_id=words32,
-    protocol=st.sampled_from([6, 17]),
-    control=st.none()
-    | st.builds(
-        Control,
-        st.integers(0, 63).map(lambda bits: bits << 2),
-        words32,
-        words32,
-        st.binary(min_size=8, max_size=8),
-    ),
-    services=st.lists(st.binary(min_size=32, max_size=32).map(ServiceID), max_size=2).map(tuple),
-    source_addresses=st.just(()) | st.lists(words32, min_size=2, max_size=20).map(tuple),
-    transport=st.just(b""),
-)
-segments = st.builds(
-    TcpSegment,
-    source_port=words,
-    destination_port=words,
-    sequence=words32,
-    acknowledgement=words32,
-    flags=octets,
-    window=words,
-    urgent=words,
-    options=st.builds(
-        TcpOptions,
-        mss=st.none() | words,
-        window_scale=st.none() | st.integers(0, 14),
-        sack_permitted=st.booleans(),
-        timestamp=st.none() | st.tuples(words32, words32),
-        capabilities=st.none(),
-    ),
-    payload=st.binary(max_size=40),
-)
+sal_packets = strategies.sal_packets(st.sampled_from([6, 17]), st.just(b""))
+segments = strategies.segments(strategies.tcp_options(capabilities=st.none()))
 datagrams = st.builds(UdpDatagram, words, words, st.binary(max_size=40), st.booleans())
 
 
@@ -104,9 +68,7 @@ def sal_packet(layer: Packet) -> SalPacket:
         layer.src_flowid,
         layer.dst_flowid,
         layer.protocol,
-        None
-        if control is None
-        else Control(int(control.flags), control.verno, control.ackno, control.nonce),
+        None if control is None else Control(int(control.flags), control.verno, control.ackno, control.nonce),
         tuple(ServiceID(e.service_id) for e in layer.extensions if isinstance(e, SALService)),
         () if source is None else tuple(parse_address(address) for address in source.addresses),
         b"",
@@ -150,14 +112,12 @@ def tcp_segment_of(layer: Packet) -> TcpSegment:
         int(layer.flags),
         layer.window,
         layer.urgptr,
-        TcpOptions(
-            options.get("MSS"), options.get("WScale"), "SAckOK" in options, options.get("Timestamp")
-        ),
+        TcpOptions(options.get("MSS"), options.get("WScale"), "SAckOK" in options, options.get("Timestamp")),
         bytes(layer.payload),
     )
 
 
-@given(words32, words32, sal_packets, segments)
+@given(addresses, addresses, sal_packets, segments)
 def test_both_write_and_read_the_same_tcp(
     source: int, destination: int, packet: SalPacket, segment: TcpSegment
 ) -> None:
@@ -174,7 +134,7 @@ def test_both_write_and_read_the_same_tcp(
     assert read[ServalTCP].checksum_is_right()
 
 
-@given(words32, words32, sal_packets, datagrams)
+@given(addresses, addresses, sal_packets, datagrams)
 def test_both_write_and_read_the_same_udp(
     source: int, destination: int, packet: SalPacket, datagram: UdpDatagram
 ) -> None:

@@ -16,33 +16,12 @@ from serval_core.wire.checksum import pseudo_header_sum
 from serval_core.wire.tcp_segment import NO_OPTIONS, TcpOptions, TcpSegment
 
 from .mistakes import reason_for
+from .strategies import addresses, segments, tcp_options, words
 
 A = 0x0A000001
 B = 0x0A000002
 
-addresses = st.integers(0, 0xFFFFFFFF)
-words = st.integers(0, 0xFFFF)
-words32 = st.integers(0, 0xFFFFFFFF)
-options = st.builds(
-    TcpOptions,
-    mss=st.none() | words,
-    window_scale=st.none() | st.integers(0, 14),
-    sack_permitted=st.booleans(),
-    timestamp=st.none() | st.tuples(words32, words32),
-    capabilities=st.none() | words,
-)
-segments = st.builds(
-    TcpSegment,
-    source_port=words,
-    destination_port=words,
-    sequence=words32,
-    acknowledgement=words32,
-    flags=st.integers(0, 255),
-    window=words,
-    urgent=words,
-    options=options,
-    payload=st.binary(max_size=60),
-)
+options = tcp_options(capabilities=st.none() | words)
 
 parse = partial(tcp_segment.parse, source=A, destination=B)
 parse_unverified = partial(tcp_segment.parse, source=A, destination=B, verify=False)
@@ -56,14 +35,14 @@ def with_options(data: bytes, payload: bytes = b"") -> bytes:
     return tcp_segment.complete_checksum(bytes(header) + data + payload, A, B)
 
 
-@given(segments, addresses, addresses)
+@given(segments(options), addresses, addresses)
 def test_what_is_written_is_read(segment: TcpSegment, source: int, destination: int) -> None:
     data = tcp_segment.emit(segment, source, destination)
     assert tcp_segment.parse(data, source, destination) == segment
     assert len(data) % 4 == len(segment.payload) % 4
 
 
-@given(segments, addresses, addresses)
+@given(segments(options), addresses, addresses)
 def test_scapy_computes_the_same_checksum(segment: TcpSegment, source: int, destination: int) -> None:
     data = tcp_segment.emit(segment, source, destination)
     theirs = IP(src=format_address(source), dst=format_address(destination)) / TCP(data)
@@ -161,7 +140,7 @@ def test_a_window_scale_beyond_14_is_not_written() -> None:
         tcp_segment.emit(PLAIN._replace(options=TcpOptions(window_scale=15)), A, B)
 
 
-@given(segments, addresses, addresses, words)
+@given(segments(options), addresses, addresses, words)
 def test_the_state_of_a_checksum_is_recognized(
     segment: TcpSegment, source: int, destination: int, anything: int
 ) -> None:
@@ -176,9 +155,10 @@ def test_the_state_of_a_checksum_is_recognized(
     if pseudo_header % 0xFFFF != complete % 0xFFFF:
         partial_data = with_checksum(pseudo_header)
         assert tcp_segment.checksum_state(partial_data, source, destination) == "partial"
-        assert reason_for(
-            partial(tcp_segment.parse, source=source, destination=destination), partial_data
-        ) == tcp_segment.WRONG_CHECKSUM
+        assert (
+            reason_for(partial(tcp_segment.parse, source=source, destination=destination), partial_data)
+            == tcp_segment.WRONG_CHECKSUM
+        )
     if anything % 0xFFFF not in (complete % 0xFFFF, pseudo_header % 0xFFFF):
         assert tcp_segment.checksum_state(with_checksum(anything), source, destination) == "wrong"
     assert tcp_segment.complete_checksum(with_checksum(anything), source, destination) == data

@@ -13,12 +13,11 @@ from serval_core.wire import udp
 from serval_core.wire.udp import UdpDatagram
 
 from .mistakes import reason_for
+from .strategies import addresses, words
 
 A = 0x0A000001
 B = 0x0A000002
 
-addresses = st.integers(0, 0xFFFFFFFF)
-words = st.integers(0, 0xFFFF)
 datagrams = st.builds(UdpDatagram, words, words, st.binary(max_size=60), st.booleans())
 parse = partial(udp.parse, source=A, destination=B)
 
