@@ -73,6 +73,13 @@ class Close:
             self._core.leave_backlog(flow)
             self._core.step(flow, Event.RELEASE, now)
 
+    def unattend(self, flow: Flow, now: float) -> None:
+        """The transport's socket belongs to somebody else, who will close it and say nothing."""
+        flow.unattended = True
+        self._core.leave_backlog(flow)
+        if flow.state in (State.TIMEWAIT, State.CLOSED):
+            self._core.step(flow, Event.RELEASE, now)
+
     def abort(self, flow: Flow, errno: int, now: float) -> None:
         """The application or its socket wants the connection gone; the peer gets an RST."""
         flow.released = True
@@ -238,7 +245,7 @@ class Close:
         self._core.effects.append(CloseTransport(flow.flow_id))
 
     def _finish_when_released(self, flow: Flow, now: float) -> None:
-        if not flow.released:
+        if not flow.released and not flow.unattended:
             return
         self._close_transport(flow, now)
         self._core.end_flow(flow, now)

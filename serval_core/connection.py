@@ -11,6 +11,7 @@ from typing import Protocol
 from serval_core.dataplane.kernel import FlowCounters
 from serval_core.effects import OpenTransport
 from serval_core.names import FlowID, ServiceID, ServicePrefix
+from serval_core.unattended import Holder
 
 OnAccept = Callable[["Connection"], None]
 OnConnected = Callable[["Connection"], None]
@@ -26,6 +27,12 @@ class Owner(Protocol):
     def connection_aborted(self, connection: Connection) -> None:
         """The application wants it reset."""
 
+    def connection_handed_over(self, connection: Connection, holder: Holder) -> None:
+        """Another program has the socket now."""
+
+    def connection_taken(self, connection: Connection) -> None:
+        """It leaves its listener's backlog."""
+
     def connect_cancelled(self, pending: PendingConnect) -> None:
         """The application gave up waiting."""
 
@@ -39,15 +46,27 @@ class Owner(Protocol):
 class Connection:
     """An open Serval flow. `fd` is a nonblocking kernel TCP socket that belongs to the stack: borrow it, never close it.
 
-    Finish with exactly one of `release()` (both directions are done: the write side was shut down, EOF was read) or `abort()`
-    (reset towards the peer). `on_ended(errno)`, if set, tells that the flow ended at the SAL before that.
+    Finish with exactly one of `release()` (both directions are done: the write side was shut down, EOF was read), `abort()`
+    (reset towards the peer) or `handed_over()` (another program has a duplicate of `fd` and does the rest).
+    `on_ended(errno)`, if set, tells that the flow ended at the SAL before that.
     """
 
-    __slots__ = ("_owner", "ended", "fd", "flow_id", "on_ended", "peer_address", "released", "service_id")
+    __slots__ = (
+        "_owner",
+        "ended",
+        "fd",
+        "flow_id",
+        "local_address",
+        "on_ended",
+        "peer_address",
+        "released",
+        "service_id",
+    )
 
     def __init__(self, owner: Owner, flow: OpenTransport, fd: int) -> None:
         self._owner = owner
         self.flow_id = flow.flow_id
+        self.local_address = flow.local_address
         self.peer_address = flow.peer_address
         self.service_id: ServiceID | None = None
         self.fd = fd
@@ -66,6 +85,16 @@ class Connection:
         if not self.released:
             self.released = True
             self._owner.connection_aborted(self)
+
+    def handed_over(self, holder: Holder) -> None:
+        """A program has a duplicate of the fd, and the flow lives as long as its socket. The fd must not be used any more."""
+        if not self.released:
+            self.released = True
+            self._owner.connection_handed_over(self, holder)
+
+    def taken(self) -> None:
+        """Of a listener that `holds_backlog`: the application has it now."""
+        self._owner.connection_taken(self)
 
     def counters(self) -> FlowCounters:
         """Packets and bytes of this flow on the wire."""
@@ -97,9 +126,12 @@ class PendingConnect:
 
 
 class Listener:
-    """A serviceID prefix on which this stack accepts flows."""
+    """A serviceID prefix on which this stack accepts flows.
 
-    __slots__ = ("_owner", "listener_id", "on_accept", "prefix")
+    With `holds_backlog` a flow counts against the backlog until `Connection.taken()`, otherwise until `on_accept`.
+    """
+
+    __slots__ = ("_owner", "holds_backlog", "listener_id", "on_accept", "prefix")
 
     def __init__(
         self, owner: Owner, listener_id: int, prefix: ServicePrefix, on_accept: OnAccept
@@ -108,6 +140,7 @@ class Listener:
         self.listener_id = listener_id
         self.prefix = prefix
         self.on_accept = on_accept
+        self.holds_backlog = False
 
     def close(self) -> None:
         """Stop accepting; flows that were accepted live on."""

@@ -75,6 +75,7 @@ class Flow:
         "syn_key",
         "timeout_s",
         "timestamp_offset",
+        "unattended",
         "waits_in_backlog",
         "ways",
     )
@@ -120,6 +121,7 @@ class Flow:
 
         # What the application did, and what it is told in the end.
         self.released = False
+        self.unattended = False
         self.errno = 0
         self.failure = ""
 

@@ -99,6 +99,19 @@ class ServiceAccessLayer:
         if flow is not None:
             self._close.release(flow, now)
 
+    def unattend(self, flow_id: FlowID, now: float) -> None:
+        """The flow's socket was handed to another program. There will be no `release`: the flow ends when both
+        directions are closed, which its kernel socket does by itself.
+        """
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._close.unattend(flow, now)
+
+    def state_of(self, flow_id: FlowID) -> State | None:
+        """The state of a flow; None when the flow table has no such flow."""
+        flow = self._core.flows.by_id.get(flow_id)
+        return None if flow is None else flow.state
+
     def abort(self, flow_id: FlowID, now: float) -> None:
         """Close with an RST to the peer. FlowEnded says ECONNABORTED unless the flow was closed already."""
         self._abort(flow_id, ECONNABORTED, now)

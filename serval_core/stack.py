@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from serval_core.access_policy import AccessPolicy
 from serval_core.connection import Connection, Listener, OnAccept, OnConnected, OnFailed, PendingConnect
 from serval_core.datagrams import Datagrams
 from serval_core.dataplane import tcp_repair
@@ -39,10 +40,12 @@ from serval_core.effects import (
 )
 from serval_core.errors import KernelRefused
 from serval_core.names import FlowID, ServiceID, ServicePrefix
+from serval_core.native_service import NativeService
 from serval_core.rules import Rule
 from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_table import ServiceTable
 from serval_core.stack_socket import StackSocketServer
+from serval_core.unattended import Holder, UnattendedFlows
 
 log = structlog.get_logger("serval_core.stack")
 
@@ -54,6 +57,7 @@ END_OF_STREAM_GRACE_S = 1.0
 RESET_RETRY_S = 0.005  # doubles
 RESET_ATTEMPTS = 10
 TCP_CLOSED = 7  # linux/tcp.h
+NO_DESCRIPTOR = -1  # of a connection whose socket another program has
 READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
 
 
@@ -64,12 +68,14 @@ class StackSettings:
     sal: SalSettings = field(default_factory=SalSettings)
     dataplane: DataPlaneSettings = field(default_factory=DataPlaneSettings)
     broadcast_resolution: bool = True
+    access: AccessPolicy = field(default_factory=AccessPolicy)  # of native programs
 
 
 class ServalStack:
     """The embedded stack; one per network namespace. Made by `start()`."""
 
     _loop: asyncio.AbstractEventLoop
+    unattended: UnattendedFlows
     _sal: ServiceAccessLayer
     datagrams: Datagrams
 
@@ -77,6 +83,7 @@ class ServalStack:
         self.settings = settings
         self.table = ServiceTable()
         self.stack_socket = StackSocketServer()
+        self.native = NativeService(self, settings.access)
         self._dataplane = KernelDataPlane(settings.dataplane)
         self._connections: dict[int, Connection] = {}
         self._pending: dict[int, PendingConnect] = {}
@@ -114,8 +121,10 @@ class ServalStack:
         stack._loop = asyncio.get_running_loop()
         stack.stack_socket.open()
         try:
+            stack.native.open()
             leftovers = stack._dataplane.open()
         except BaseException:
+            stack.native.close()
             stack.stack_socket.close()
             raise
         if leftovers:
@@ -126,6 +135,9 @@ class ServalStack:
         stack.datagrams = Datagrams(stack._sal, stack._run_effects)
         stack._carry_out |= stack.datagrams.carry_out
         stack._update_broadcast_rules()
+        stack.unattended = UnattendedFlows(
+            stack._dataplane, stack._sal, stack._take_events, stack._run_effects
+        )
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
         stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
@@ -141,6 +153,8 @@ class ServalStack:
             pending.cancel()
         for listener in list(self._listeners.values()):
             listener.close()
+        self.native.close()
+        self.unattended.stop()
         for connection in list(self._connections.values()):
             connection.abort()
         self.datagrams.close()
@@ -193,7 +207,10 @@ class ServalStack:
         """All flows with their states and wire counters, for `show flows`."""
         listed = self._sal.flows()
         for flow in listed:
-            flow.update(self._dataplane.flow_counters(FlowID(int(str(flow["flow_id"]))))._asdict())
+            flow_id = FlowID(int(str(flow["flow_id"])))
+            flow.update(self._dataplane.flow_counters(flow_id)._asdict())
+            if holder := self.unattended.holder(flow_id):
+                flow.update(pid=holder.pid, uid=holder.uid)
         return listed
 
     def counters(self) -> dict[str, int]:
@@ -209,7 +226,10 @@ class ServalStack:
             },
             "injected_wrong_checksum": self._wrong_injected,
             "flow_map_entries": self._dataplane.entries(),
+            **{f"native_{name}": count for name, count in self.native.counters.items()},
             "open_transports": len(self._connections),
+            "unattended_flows": len(self.unattended),
+            "unattended_given_up": self.unattended.given_up,
         }
 
     def connection_released(self, connection: Connection) -> None:
@@ -228,6 +248,21 @@ class ServalStack:
             return
         self._sal.abort(FlowID(connection.flow_id), time.monotonic())
         self._run_effects()
+
+    def connection_handed_over(self, connection: Connection, holder: Holder) -> None:
+        """Owner: another program has the socket, and from now on only it."""
+        fd, connection.fd = connection.fd, NO_DESCRIPTOR
+        flow_id = FlowID(connection.flow_id)
+        self.unattended.take(flow_id, fd, holder)
+        if connection.ended:
+            # Reset while it waited to be handed over.
+            self.unattended.deliver_reset(flow_id)
+            self._forget(connection)
+        self._run_effects()
+
+    def connection_taken(self, connection: Connection) -> None:
+        """Owner: the application of a listener that holds its backlog has the connection."""
+        self._sal.accepted_taken(FlowID(connection.flow_id))
 
     def connect_cancelled(self, pending: PendingConnect) -> None:
         """Owner: nobody waits for this connect any more."""
@@ -255,13 +290,16 @@ class ServalStack:
                 return
 
     def _events_wait(self) -> None:
+        self._take_events()
+        self._run_effects()
+
+    def _take_events(self) -> None:
         now = time.monotonic()
         for flow_id, event in self._dataplane.take_events():
             if event is FlowEvent.FIN_ACKNOWLEDGED:
                 self._sal.fin_acknowledged(flow_id, now)
             else:
                 self._sal.transport_reset(flow_id, now)
-        self._run_effects()
 
     def _host_changed(self) -> None:
         self._dataplane.monitor.drain()
@@ -343,12 +381,17 @@ class ServalStack:
     def _end_of_stream(self, effect: EndOfStream) -> None:
         """Usually the kernel has read the TCP FIN long ago. A peer that only sends the SAL FIN needs our help."""
         connection = self._connections.get(effect.flow_id)
-        if connection is not None and tcp_repair.state(connection.fd) in READING_STATES:
+        if connection is not None and connection.fd == NO_DESCRIPTOR:
+            self.unattended.end_stream(effect.flow_id)
+        elif connection is not None and tcp_repair.state(connection.fd) in READING_STATES:
             self._end_stream_when_quiet(connection, -1)
 
     def _end_stream_when_quiet(self, connection: Connection, packets_before: int) -> None:
         """End what the application reads once no packet has arrived for the grace time."""
         if self._connections.get(connection.flow_id) is not connection:
+            return
+        if connection.fd == NO_DESCRIPTOR:
+            self.unattended.end_stream(FlowID(connection.flow_id))
             return
         packets = connection.counters().packets_in
         if packets == packets_before:
@@ -361,7 +404,10 @@ class ServalStack:
         if connection is None:
             return
         self._dataplane.remove_flow(effect.flow_id)
-        self._deliver_reset(connection, 0)
+        if connection.fd == NO_DESCRIPTOR:
+            self.unattended.deliver_reset(effect.flow_id)
+        else:
+            self._deliver_reset(connection, 0)
 
     def _deliver_reset(self, connection: Connection, attempt: int) -> None:
         """Hand the socket a reset until it has taken one: segments that were still in a queue of the kernel may move what it
@@ -401,7 +447,8 @@ class ServalStack:
         listener = self._listeners.get(effect.listener_id)
         if connection is None:
             return
-        self._sal.accepted_taken(effect.flow_id)
+        if listener is None or not listener.holds_backlog:
+            self._sal.accepted_taken(effect.flow_id)
         connection.service_id = effect.service_id
         if listener is None:
             connection.abort()
@@ -425,4 +472,7 @@ class ServalStack:
         """The last step: flow gone, application done. The socket goes down silently."""
         if self._connections.pop(connection.flow_id, None) is not None:
             self._dataplane.remove_flow(FlowID(connection.flow_id))
-            self._dataplane.take_down(connection.fd)
+            if connection.fd == NO_DESCRIPTOR:
+                self.unattended.forget(FlowID(connection.flow_id))
+            else:
+                self._dataplane.take_down(connection.fd)

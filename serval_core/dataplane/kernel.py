@@ -7,8 +7,10 @@ machine. Every fd that `open_transport` returns belongs to the caller until hand
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +65,10 @@ FLOW_MACS = slice(48, 60)
 FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
 EVENT = struct.Struct("!I4s")
 FLOW_KEY = struct.Struct("!I")
+SOCKET_STATE = struct.Struct("=III")
+LOOK_PACKET = bytes(64)  # serval_look answers in it
+LOOK_FOUND = 0  # TC_ACT_OK
+UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_STATE = bytes(FLOW_STATE.size)
 NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6)
@@ -82,6 +88,14 @@ class FlowCounters(NamedTuple):
     bytes_out: int
     packets_in: int
     bytes_in: int
+
+
+class SocketState(NamedTuple):
+    """What has become of a flow's kernel socket. `state` as in linux/tcp_states.h; in TIME_WAIT the numbers are zero."""
+
+    state: int
+    receive_next: int
+    send_unacknowledged: int
 
 
 @dataclass(frozen=True)
@@ -301,19 +315,42 @@ class KernelDataPlane:
         del self._received_from[fd]
         tcp_repair.take_down(fd)
 
+    def let_go(self, fd: int) -> None:
+        """Close our descriptor of a socket that another process has, too. Takes the fd; the flow stays in the map."""
+        del self._received_from[fd]
+        os.close(fd)
+
+    def look(self, flow_id: FlowID) -> SocketState | None:
+        """The kernel socket of a flow whose descriptor another process has; None when it is gone."""
+        mark = int.from_bytes(FLOW_KEY.pack(flow_id), sys.byteorder)
+        verdict, answer, _ = self._object.test_run("serval_look", LOOK_PACKET, mark)
+        return SocketState(*SOCKET_STATE.unpack_from(answer)) if verdict == LOOK_FOUND else None
+
+    def reset_unattended(self, flow_id: FlowID, seen: SocketState) -> None:
+        """`reset` for a socket whose descriptor another process has."""
+        self._hand(flow_id, tcp_segment.RST, seen.receive_next, 0)
+
+    def finish_unattended(self, flow_id: FlowID, seen: SocketState) -> None:
+        """Let whoever reads from the socket see the end of the stream, by handing it the FIN that its peer did not send."""
+        self._hand(flow_id, tcp_segment.FIN | tcp_segment.ACK, seen.receive_next, seen.send_unacknowledged)
+
     def reset(self, flow_id: FlowID, fd: int) -> None:
         """Let whoever uses the socket see a reset, by handing it the RST that a TCP peer would have sent (RFC 9293, 3.10.7).
 
         The socket ignores it when a segment that was still on its way inside the kernel moves what it expects meanwhile.
         """
         sequence = self._received_from[fd] + tcp_repair.received(fd) & 0xFFFFFFFF
+        self._hand(flow_id, tcp_segment.RST, sequence, 0)
+
+    def _hand(self, flow_id: FlowID, flags: int, sequence: int, acknowledgement: int) -> None:
+        """Deliver a segment without data to the flow's kernel socket, as if its TCP peer had sent it."""
         segment = tcp_segment.TcpSegment(
             flow_id & 0xFFFF,
             self._port,
             sequence,
-            0,
-            tcp_segment.RST,
-            0,
+            acknowledgement,
+            flags,
+            UNCHANGED_WINDOW if acknowledgement else 0,
             0,
             tcp_segment.TcpOptions(None, None, False, None, None),
             b"",

@@ -58,6 +58,9 @@ int serval_out(struct __sk_buff *skb)
 	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || ip->protocol != IPPROTO_TCP || ip->ihl != 5)
 		return drop(DROP_OUT_NOT_A_FLOW);
+	/* A socket that some program connected to a virtual tuple by itself is not the flow's. */
+	if (tcp->source != virtual_network.local_port)
+		return drop(DROP_OUT_NOT_A_FLOW);
 
 	__be32 id = flow_of_tuple(ip->daddr, tcp->dest);
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
@@ -277,6 +280,37 @@ int serval_control(struct __sk_buff *skb)
 		return skb->len;
 	count_drop(DROP_IN_UNKNOWN_FLOW);
 	return 0;
+}
+
+/*
+ * Run by user space (PROG_TEST_RUN) with a flowID as the mark: what has become of the flow's kernel socket, of which user space
+ * holds no descriptor? The answer is written over the packet. The lookup happens in the namespace of the caller.
+ */
+SEC("tc")
+int serval_look(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct socket_state *found = data;
+	struct bpf_sock_tuple tuple = {};
+	__u32 id = bpf_ntohl(skb->mark);
+
+	if ((void *)(found + 1) > end)
+		return TC_ACT_SHOT;
+	tuple.ipv4.saddr = virtual_network.remote_network | bpf_htonl(id >> 16);
+	tuple.ipv4.sport = bpf_htons(id);
+	tuple.ipv4.daddr = virtual_network.local_address;
+	tuple.ipv4.dport = virtual_network.local_port;
+	struct bpf_sock *socket = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (!socket)
+		return TC_ACT_SHOT;
+	found->state = socket->state;
+	struct bpf_tcp_sock *tcp = bpf_tcp_sock(socket);
+	if (tcp) {
+		found->receive_next = tcp->rcv_nxt;
+		found->send_unacknowledged = tcp->snd_una;
+	}
+	bpf_sk_release(socket);
+	return TC_ACT_OK;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

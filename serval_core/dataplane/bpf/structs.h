@@ -58,6 +58,13 @@ struct flow_state {
 	__u8 padding_in[46];
 };
 
+/* What serval_look finds. Sequence numbers in host order; zero for a socket in TIME_WAIT. */
+struct socket_state {
+	__u32 state; /* linux/tcp_states.h */
+	__u32 receive_next;
+	__u32 send_unacknowledged;
+};
+
 struct flow_event {
 	__be32 flow;
 	__u32 kind;
