@@ -7,7 +7,7 @@ from random import Random
 from typing import NamedTuple, TypeVar
 
 from serval_core.dataplane.memory_network import WIRE_INDEX, MemoryPaths
-from serval_core.effects import Effect, SendPacket
+from serval_core.effects import ConnectFailed, Effect, SendPacket
 from serval_core.names import FlowID, ServiceID, parse_address, parse_service
 from serval_core.rules import Rule
 from serval_core.sal import SalSettings, ServiceAccessLayer
@@ -21,6 +21,7 @@ SERVICE_ID = SERVICE.service_id
 LOCAL = parse_address("10.0.0.1")
 REMOTE = parse_address("10.0.0.2")
 OTHER = parse_address("10.0.0.3")
+BROADCAST = parse_address("10.0.0.255")
 
 PROTOTYPE_OPTIONS = TcpOptions(mss=1448, window_scale=1)
 OUR_OPTIONS = TcpOptions(1448, 10, True, (77777776, 0), 0)
@@ -275,29 +276,56 @@ class Peer:
         )
 
 
-def connected_host(
+def requesting_host(
     settings: SalSettings | None = None, peer: Peer | None = None
 ) -> tuple[LoneHost, Peer, FlowID]:
-    """A host with one open connection that it began itself; its packets so far are taken."""
+    """A host that has sent its SYN, which the peer knows."""
     host, peer = LoneHost(settings), peer or Peer(options=OUR_OPTIONS)
     host.forward(REMOTE)
     flow_id = host.connect()
     peer.learn(host.only_packet())
+    return host, peer, flow_id
+
+
+def connected_host(
+    settings: SalSettings | None = None, peer: Peer | None = None
+) -> tuple[LoneHost, Peer, FlowID]:
+    """A host with one open connection that it began itself; its packets so far are taken."""
+    host, peer, flow_id = requesting_host(settings, peer)
     host.receive(peer.syn_ack())
     host.effects()
     assert host.states() == ["CONNECTED"]
     return host, peer, flow_id
 
 
-def accepted_host(
-    settings: SalSettings | None = None, peer: Peer | None = None
-) -> tuple[LoneHost, Peer, FlowID]:
-    """A host with one open connection that the peer began; its packets so far are taken."""
+def half_open_host(settings: SalSettings | None = None, peer: Peer | None = None) -> tuple[LoneHost, Peer]:
+    """A host that has answered the peer's SYN, which the peer knows."""
     host, peer = LoneHost(settings), peer or Peer(options=OUR_OPTIONS)
     host.listen()
     host.receive(peer.syn())
     peer.learn(host.only_packet())
+    return host, peer
+
+
+def accepted_host(
+    settings: SalSettings | None = None, peer: Peer | None = None
+) -> tuple[LoneHost, Peer, FlowID]:
+    """A host with one open connection that the peer began; its packets so far are taken."""
+    host, peer = half_open_host(settings, peer)
     host.receive(peer.handshake_ack())
     host.effects()
     assert host.states() == ["CONNECTED"]
     return host, peer, FlowID(peer.host_flow_id)
+
+
+def failure(host: LoneHost) -> ConnectFailed:
+    """How the only connection attempt of a host failed; nothing is left of it."""
+    (failed,) = host.news(ConnectFailed)
+    assert not host.sal.flows()
+    assert host.sal.next_timeout() is None
+    return failed
+
+
+def times(sent: list[tuple[float, Sent]]) -> list[float]:
+    """When these packets were sent."""
+    return [at for at, _ in sent]

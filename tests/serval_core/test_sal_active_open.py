@@ -28,30 +28,11 @@ from tests.serval_core.lone_host import (
     SERVICE_ID,
     LoneHost,
     Peer,
-    Sent,
     connected_host,
+    failure,
+    requesting_host,
+    times,
 )
-
-BROADCAST = parse_address("10.0.0.255")
-
-
-def requesting_host(settings: SalSettings | None = None) -> tuple[LoneHost, Peer, FlowID]:
-    host, peer = LoneHost(settings), Peer(options=OUR_OPTIONS)
-    host.forward(REMOTE)
-    flow_id = host.connect()
-    peer.learn(host.only_packet())
-    return host, peer, flow_id
-
-
-def failure(host: LoneHost) -> ConnectFailed:
-    (failed,) = host.news(ConnectFailed)
-    assert not host.sal.flows()
-    assert host.sal.next_timeout() is None
-    return failed
-
-
-def times(sent: list[tuple[float, Sent]]) -> list[float]:
-    return [at for at, _ in sent]
 
 
 def test_a_syn_names_the_service_and_no_flow_of_the_peer() -> None:

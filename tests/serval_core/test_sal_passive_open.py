@@ -16,10 +16,9 @@ from serval_core.effects import (
     SendPacket,
 )
 from serval_core.names import FlowID, ServiceID, parse_address, parse_service
-from serval_core.sal import SalSettings
 from serval_core.wire.sal import ACK, FIN, RST, RSYN, SYN
-from serval_core.wire.tcp_segment import TcpOptions
 from tests.serval_core.lone_host import (
+    BROADCAST,
     LOCAL,
     OTHER,
     OUR_OPTIONS,
@@ -30,19 +29,8 @@ from tests.serval_core.lone_host import (
     LoneHost,
     Peer,
     accepted_host,
+    half_open_host,
 )
-
-BROADCAST = parse_address("10.0.0.255")
-
-
-def half_open_host(
-    settings: SalSettings | None = None, options: TcpOptions = OUR_OPTIONS
-) -> tuple[LoneHost, Peer]:
-    host, peer = LoneHost(settings), Peer(options=options)
-    host.listen()
-    host.receive(peer.syn())
-    peer.learn(host.only_packet())
-    return host, peer
 
 
 def accepted(host: LoneHost) -> list[Accepted]:
@@ -105,7 +93,7 @@ def test_a_prefix_listener_learns_the_exact_service() -> None:
 
 def test_a_bare_ack_completes_it() -> None:
     """What a prototype client in CONNECTED answers to a repeated SYN-ACK (SPEC 3.6)."""
-    host, peer = half_open_host(options=PROTOTYPE_OPTIONS)
+    host, peer = half_open_host(peer=Peer(options=PROTOTYPE_OPTIONS))
     host.receive(peer.handshake_ack(bare=True))
     assert len(accepted(host)) == 1
     (transport,) = host.news(OpenTransport)

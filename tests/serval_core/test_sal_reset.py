@@ -32,20 +32,13 @@ def test_a_reset_after_the_peers_fin_is_a_broken_pipe() -> None:
     assert host.effects() == [ResetTransport(flow_id, EPIPE), FlowEnded(flow_id, EPIPE)]
 
 
-def test_the_answer_to_our_fin_ends_the_flow() -> None:
-    """As our own stack would answer a FIN that it has no flow for."""
+@pytest.mark.parametrize("acknowledged", [1, 32], ids=["ours", "prototype"])
+def test_the_answer_to_our_fin_ends_the_flow(acknowledged: int) -> None:
+    """As a stack answers a FIN that it has no flow for; the prototype's acknowledges too much."""
     host, peer, flow_id = connected_host()
     host.sal.fin_acknowledged(flow_id, host.now)
     host.effects()
-    host.receive(peer.control(RST | ACK, verno=0, ackno=peer.ackno + 1, nonce=peer.host_nonce))
-    assert host.news(FlowEnded) == [FlowEnded(flow_id, ECONNRESET)]
-
-
-def test_a_prototypes_answer_to_our_fin_acknowledges_too_much() -> None:
-    host, peer, flow_id = connected_host()
-    host.sal.fin_acknowledged(flow_id, host.now)
-    host.effects()
-    host.receive(peer.control(RST | ACK, verno=0, ackno=peer.ackno + 32, nonce=peer.host_nonce))
+    host.receive(peer.control(RST | ACK, verno=0, ackno=peer.ackno + acknowledged, nonce=peer.host_nonce))
     assert host.news(FlowEnded) == [FlowEnded(flow_id, ECONNRESET)]
 
 

@@ -10,42 +10,20 @@ from serval_core.addresses import LOOPBACK
 from serval_core.dataplane.memory_network import LOOPBACK_INDEX, WIRE_INDEX
 from serval_core.effects import (
     Connected,
-    ConnectFailed,
 )
-from serval_core.names import DEFAULT_SERVICE, FlowID, ServicePrefix, parse_address
+from serval_core.names import DEFAULT_SERVICE, ServicePrefix
 from serval_core.rules import Rule, RuleType
-from serval_core.sal import SalSettings
 from tests.serval_core.lone_host import (
+    BROADCAST,
     LOCAL,
     OTHER,
-    OUR_OPTIONS,
     REMOTE,
     SERVICE,
     LoneHost,
-    Peer,
-    Sent,
+    failure,
+    requesting_host,
+    times,
 )
-
-BROADCAST = parse_address("10.0.0.255")
-
-
-def requesting_host(settings: SalSettings | None = None) -> tuple[LoneHost, Peer, FlowID]:
-    host, peer = LoneHost(settings), Peer(options=OUR_OPTIONS)
-    host.forward(REMOTE)
-    flow_id = host.connect()
-    peer.learn(host.only_packet())
-    return host, peer, flow_id
-
-
-def failure(host: LoneHost) -> ConnectFailed:
-    (failed,) = host.news(ConnectFailed)
-    assert not host.sal.flows()
-    assert host.sal.next_timeout() is None
-    return failed
-
-
-def times(sent: list[tuple[float, Sent]]) -> list[float]:
-    return [at for at, _ in sent]
 
 
 def test_without_a_rule_connect_fails_at_once() -> None:

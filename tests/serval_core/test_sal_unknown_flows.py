@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from serval_core.names import parse_address
 from serval_core.wire import sal
 from serval_core.wire.sal import ACK, FIN, RST, SYN
-from tests.serval_core.lone_host import LOCAL, REMOTE, SERVICE_ID, LoneHost, Peer, Sent
-
-BROADCAST = parse_address("10.0.0.255")
+from tests.serval_core.lone_host import BROADCAST, LOCAL, REMOTE, SERVICE_ID, LoneHost, Peer, Sent
 
 
 def test_an_ack_for_an_expired_request_is_refused() -> None:
