@@ -1,26 +1,25 @@
 """How does this host open a connection? The client's half of the handshake (SPEC 3.5).
 
-A SYN is resolved anew every time it is repeated, so that a silent instance or a changed table costs one
-timeout. All copies carry the same flowID, nonce, version number and TCP sequence number: whichever is
+A SYN is resolved anew every time it is repeated, and at once when an instance refuses or cannot be reached
+(`failover`). All copies carry the same flowID, nonce, version number and TCP sequence number: whichever is
 answered first wins, and the other instances' answers do not match the flow any more.
 """
 
 from __future__ import annotations
 
-from errno import EADDRNOTAVAIL, ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT
+from errno import ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT
 
 from serval_core import handshake
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
 from serval_core.effects import Connected, ConnectFailed, SendPacket
 from serval_core.errors import TheirMistake
-from serval_core.flow import Flow
+from serval_core.failover import HOPELESS, Choice, Failover
+from serval_core.flow import Flow, Search
 from serval_core.names import FlowID, ServiceID, format_address
 from serval_core.reset import resets_request
 from serval_core.retransmission import backed_off_s
-from serval_core.rules import RuleType
 from serval_core.states import Action, Event
-from serval_core.ways import ways_of, ways_to
 from serval_core.wire import ipv4, tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
@@ -28,16 +27,20 @@ from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalP
 # When the handshake ACK is repeated to a prototype: it never repeats its SYN-ACK, so a lost ACK would leave
 # the connection hanging for ever (SPEC 11.1, quirk 10). Its request expires after 3 s.
 _ACK_REPEAT_GAPS_S = (0.25, 0.5, 1.0)
+# When a service router is asked again after an instance that it had chosen before has refused again.
+_REFUSED_PAUSE_S = 0.025
+_REFUSED_PAUSE_MAX_S = 0.5
+_REFUSERS_LIMIT = 64
 
 
 class ActiveOpen:
     """Opens connections on behalf of the application."""
 
-    __slots__ = ("_core", "_syn_bytes")
+    __slots__ = ("_core", "_failover")
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._syn_bytes = 0
+        self._failover = Failover(core, self._resume, self._end_delay)
         core.register(
             {
                 Action.SEND_SYN: self._send_syn,
@@ -53,8 +56,10 @@ class ActiveOpen:
         flow_id = core.flows.new_flow_id(core.random.getrandbits)
         flow = Flow(flow_id, service_id, core.random.getrandbits(192), now)
         flow.advisory_address = advisory_address
-        if not self._find_ways(flow) and flow.errno:
-            core.effects.append(ConnectFailed(flow_id, flow.errno, flow.failure))
+        flow.search = Search()
+        choice = self._failover.choose(flow, flow.search, now)
+        if choice in HOPELESS:
+            core.effects.append(ConnectFailed(flow_id, *HOPELESS[choice]))
             return flow_id
         core.flows.add(flow)
         core.restart_lifetime(flow, now + core.settings.connect_timeout_s, self._give_up)
@@ -63,8 +68,17 @@ class ActiveOpen:
 
     def paths_changed(self, flow: Flow, now: float) -> None:
         """A flow in REQUEST that found no way to any instance tries again at once."""
-        if not flow.ways:
+        if not flow.ways and _search(flow).parked is None:
             self._repeat_syn(flow, now)
+
+    def unreachable(self, flow: Flow, address: int, why: str, now: float) -> None:
+        """The last SYN of a flow in REQUEST could not be brought to `address`: the next instance is asked."""
+        search = _search(flow)
+        if search.broadcast or all(way.destination != address for way in flow.ways):
+            return  # it went elsewhere meanwhile, or to others as well
+        flow.errno, flow.failure = EHOSTUNREACH, f"{format_address(address)} cannot be reached: {why}"
+        self._failover.unreachable(flow, search, address, now)
+        self._ask_next(flow, search, now)
 
     def receive(
         self, flow: Flow, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
@@ -76,8 +90,7 @@ class ActiveOpen:
         if control.flags & RST:
             if not resets_request(flow, control):
                 raise TheirMistake("spoofed_reset")
-            flow.errno, flow.failure = ECONNREFUSED, f"refused by {format_address(ip.source)}"
-            self._core.step(flow, Event.RESET_RECEIVED, now)
+            self._refused(flow, ip.source, now)
             return
         if control.flags != SYN | ACK:
             raise TheirMistake("not_a_syn_ack")
@@ -97,8 +110,7 @@ class ActiveOpen:
         if path is None:
             raise TheirMistake("no_path_back")
 
-        if flow.retransmissions == 0:
-            self._core.round_trips.sample(peer_address, now - flow.first_sent_at)
+        self._answered(flow, sal.source_addresses[1] if sal.source_addresses else ip.source, peer_address, now)
         flow.peer_flow_id = FlowID(sal.src_flow_id)
         flow.peer_nonce = control.nonce
         flow.receive_next = control.verno + 1 & 0xFFFFFFFF
@@ -112,51 +124,67 @@ class ActiveOpen:
         flow.options = segment.options
         flow.errno, flow.failure = 0, ""
         flow.ways = ()
-        flow.silent_addresses = set()
+        flow.search = None
         self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
 
-    def _find_ways(self, flow: Flow) -> bool:
-        """Choose where the next SYN goes; whether there is a way.
+    def _answered(self, flow: Flow, asked: int, peer_address: int, now: float) -> None:
+        """A SYN that went to `asked` was answered by `peer_address`, another one if a service router was asked."""
+        search = _search(flow)
+        core = self._core
+        core.liveness.answered(flow.service_id, asked)
+        # Karn: an answer tells the time only of a SYN that was sent once.
+        if search.rounds == 0 and search.refusals == 0 and search.sent_at is not None and asked not in search.asked:
+            core.round_trips.sample(peer_address, now - search.sent_at)
+            if asked != peer_address:
+                core.round_trips.sample(asked, now - search.sent_at)
 
-        Sets the errno if there is none for another reason than a missing path.
+    def _refused(self, flow: Flow, source: int, now: float) -> None:
+        """An RST to the SYN, sent by somebody who knows its nonce. Raises TheirMistake."""
+        search = _search(flow)
+        if search.broadcast:
+            raise TheirMistake("refusal_of_broadcast")  # others may have the service
+        why = f"refused by {format_address(source)}"
+        if any(way.destination == source for way in flow.ways):
+            flow.errno, flow.failure = ECONNREFUSED, why
+            self._failover.refused(flow, search, source, now)
+            self._ask_next(flow, search, now)
+        elif source in search.asked:  # late: the next one is already being asked
+            self._failover.refused(flow, search, source, now)
+        elif flow.ways:
+            flow.errno, flow.failure = ECONNREFUSED, why
+            self._refused_through_router(flow, search, source, now)
+
+    def _refused_through_router(self, flow: Flow, search: Search, source: int, now: float) -> None:
+        """A service router chose an instance that does not have the service: it is asked again, since it may
+        choose another one. That it ran out of them shows when the same ones refuse again.
         """
-        flow.ways = ()
-        if flow.advisory_address:
-            flow.ways = ways_to(self._core.paths, flow.advisory_address)
-            return bool(flow.ways)
-        unreachable: set[int] = set()
-        while True:
-            exclude = flow.silent_addresses | unreachable
-            rule_type, targets = self._core.table.resolve(
-                flow.service_id, self._core.random.random, exclude, self._syn_bytes
-            )
-            if not targets:
-                if flow.silent_addresses:
-                    # Every instance has been asked once: begin again.
-                    flow.silent_addresses = set()
-                    continue
-                if rule_type is None:
-                    flow.errno, flow.failure = EADDRNOTAVAIL, "no rule covers the service"
-                elif rule_type is RuleType.DROP:
-                    flow.errno, flow.failure = EHOSTUNREACH, "a DROP rule refuses the service"
-                return False
-            flow.ways = ways_of(self._core.paths, targets)
-            addresses = {target.address for target in targets}
-            if flow.ways or addresses <= unreachable | {0}:
-                return bool(flow.ways)
-            unreachable |= addresses
+        search.refusals += 1
+        if source not in search.refusers and len(search.refusers) < _REFUSERS_LIMIT:
+            search.refusers.add(source)
+            self._ask_again(flow, now)
+            return
+        pause_s = backed_off_s(_REFUSED_PAUSE_S, search.refusals - len(search.refusers), _REFUSED_PAUSE_MAX_S)
+        self._core.restart_retransmission(flow, now + pause_s, self._ask_again)
 
     def _send_syn(self, flow: Flow, now: float) -> None:
         core = self._core
         settings = core.settings
+        search = _search(flow)
         timeout_s = settings.syn_initial_timeout_s
+        repetitions = search.rounds
+        if search.parked is not None:
+            flow.errno, flow.failure = ETIMEDOUT, "a DELAY rule holds the service, and nobody said where it is"
+            core.stop_retransmission(flow, now)
+            return
         if flow.ways:
-            if flow.errno != ETIMEDOUT:  # the first SYN that has somewhere to go
+            if search.sent_at is None:  # the first SYN that has somewhere to go
                 flow.first_sent_at = now
                 flow.retransmissions = 0
+            search.sent_at = now
             last = flow.ways[-1].destination
-            flow.errno = ETIMEDOUT
-            flow.failure = f"no answer to the SYNs, the last of them to {format_address(last)}"
+            if not search.refusals:
+                flow.errno = ETIMEDOUT
+                flow.failure = f"no answer to the SYNs, the last of them to {format_address(last)}"
             flow.offered_mss_bytes = handshake.mss_to_offer(
                 min(way.path.mtu_bytes for way in flow.ways), settings.mss_cap
             )
@@ -177,23 +205,66 @@ class ActiveOpen:
                 )
                 packet = ipv4.emit(source, destination, PROTOCOL_SAL, payload)
                 core.effects.append(SendPacket(packet, destination, path.interface_index))
-                self._syn_bytes = len(packet)
+                self._failover.syn_bytes = len(packet)
             if len(flow.ways) == 1:
                 timeout_s = core.round_trips.timeout_s(last, timeout_s)
-        elif flow.errno != ETIMEDOUT:
-            flow.errno, flow.failure = EHOSTUNREACH, "no path to any instance"
-        timeout_s = backed_off_s(timeout_s, flow.retransmissions, settings.syn_timeout_max_s)
+        else:
+            repetitions = flow.retransmissions
+            if not flow.errno:
+                flow.errno, flow.failure = EHOSTUNREACH, "no path to any instance"
+        timeout_s = backed_off_s(timeout_s, repetitions, settings.syn_timeout_max_s)
         core.restart_retransmission(flow, now + timeout_s, self._repeat_syn)
 
     def _repeat_syn(self, flow: Flow, now: float) -> None:
+        """The answer is overdue, or there was no instance to ask."""
+        search = _search(flow)
+        if flow.ways:
+            last = flow.ways[-1].destination
+            flow.errno = ETIMEDOUT
+            flow.failure = f"no answer to the SYNs, the last of them to {format_address(last)}"
+        self._failover.silent(flow, search, now)
+        self._ask_again(flow, now)
+
+    def _ask_next(self, flow: Flow, search: Search, now: float) -> None:
+        """An instance will not answer: the next one is asked, and if there is none in this round, later on."""
+        if self._failover.choose(flow, search, now) is not Choice.ROUND_OVER:
+            flow.retransmissions += 1
+            self._core.step(flow, Event.RETRANSMIT, now)
+        elif self._failover.all_refused(search):
+            self._core.step(flow, Event.RESET_RECEIVED, now)
+        else:
+            settings = self._core.settings
+            pause_s = backed_off_s(settings.syn_initial_timeout_s, search.rounds, settings.syn_timeout_max_s)
+            self._core.restart_retransmission(flow, now + pause_s, self._ask_again)
+
+    def _ask_again(self, flow: Flow, now: float) -> None:
+        """The next SYN. Without a way now a connection in progress waits for one: rules come and go while
+        interfaces do, and if it fails in the end, then for the reason it had before.
+        """
+        search = _search(flow)
         flow.retransmissions += 1
-        flow.silent_addresses |= {way.destination for way in flow.ways}
-        errno, failure = flow.errno, flow.failure
-        self._find_ways(flow)
-        # Rules come and go while interfaces do: without a way now, a connection in progress waits for one,
-        # and if it fails in the end, then for the reason it had before.
-        flow.errno, flow.failure = errno, failure
+        if self._failover.choose(flow, search, now) is Choice.ROUND_OVER:
+            search.next_round()
+            self._failover.choose(flow, search, now)
         self._core.step(flow, Event.RETRANSMIT, now)
+
+    def _resume(self, flow: Flow, now: float) -> None:
+        """The service was resolved, as far as the releaser knows."""
+        search = _search(flow)
+        search.parked = None
+        choice = self._failover.choose(flow, search, now)
+        if choice in HOPELESS:
+            flow.errno, flow.failure = HOPELESS[choice]
+            self._core.step(flow, Event.GAVE_UP, now)
+        else:
+            flow.errno, flow.failure = 0, ""
+            self._core.step(flow, Event.RETRANSMIT, now)
+
+    def _end_delay(self, flow: Flow, reason: str, now: float) -> None:
+        """The service was not resolved."""
+        _search(flow).parked = None
+        flow.errno, flow.failure = EHOSTUNREACH, f"the resolution of the service failed: {reason}"
+        self._core.step(flow, Event.GAVE_UP, now)
 
     def _give_up(self, flow: Flow, now: float) -> None:
         self._core.step(flow, Event.GAVE_UP, now)
@@ -223,3 +294,9 @@ class ActiveOpen:
 
     def _report_connected(self, flow: Flow, now: float) -> None:
         self._core.effects.append(Connected(flow.flow_id))
+
+
+def _search(flow: Flow) -> Search:
+    """Every flow in REQUEST has one."""
+    assert flow.search is not None
+    return flow.search

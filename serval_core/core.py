@@ -10,9 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from serval_core.effects import Effect, FlowEnded, SendPacket
+from serval_core.delay_queue import DelayQueue
+from serval_core.effects import Effect, FlowEnded, Happened, SendPacket
 from serval_core.flow import Flow
 from serval_core.flow_table import FlowTable
+from serval_core.liveness import Liveness
 from serval_core.names import ServiceID
 from serval_core.paths import PathFinder
 from serval_core.retransmission import RoundTrips
@@ -45,9 +47,11 @@ class Core:
         "_handlers",
         "_steps",
         "counters",
+        "delayed",
         "effects",
         "flows",
         "last_listener_id",
+        "liveness",
         "paths",
         "random",
         "round_trips",
@@ -66,6 +70,8 @@ class Core:
         self.flows = FlowTable(settings.time_wait_s, settings.time_wait_limit)
         self.timers = Timers()
         self.round_trips = RoundTrips()
+        self.liveness = Liveness(settings, table)
+        self.delayed = DelayQueue(settings.delay_limit, settings.delay_timeout_s, self.timers, self.report)
         self.effects: list[Effect] = []
         self.last_listener_id = 0
         self.counters: defaultdict[str, int] = defaultdict(int)
@@ -91,6 +97,10 @@ class Core:
         flow.state, handlers = found
         for handler in handlers:
             handler(flow, now)
+
+    def report(self, kind: str, fields: dict[str, object]) -> None:
+        """Tell whoever subscribed to events of this kind."""
+        self.effects.append(Happened(kind, fields))
 
     def new_listener_id(self) -> int:
         """A number for whatever a DEMUX rule is to lead to, from 1."""
@@ -167,6 +177,8 @@ class Core:
         """Take the flow out of every table without a word."""
         self.stop_timers(flow, now)
         self.leave_backlog(flow)
+        if flow.search is not None and flow.search.parked is not None:
+            self.delayed.withdraw(flow.search.parked)
         self.flows.remove(flow)
 
     def end_flow(self, flow: Flow, now: float) -> None:

@@ -160,7 +160,15 @@ class DatagramRefused:
     address: int
 
 
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """News for whoever subscribed to events of this kind (`service_events`)."""
+
+    kind: str
+    fields: dict[str, object]
+
+
 Effect = (
     SendPacket | ExpectData | ForgetExpected | OpenTransport | InjectSegment | EndOfStream | ResetTransport | CloseTransport
-    | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused
+    | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from serval_core.delay_queue import Parked
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
@@ -33,6 +34,45 @@ class SynKey(NamedTuple):
     address: int
     flow_id: int
     nonce: bytes
+
+
+class Search:
+    """How far an active open has come in finding an instance that answers. Instances are addresses here.
+
+    It asks them in rounds: `asked` are those of this round, `refused` those of them that do not have the
+    service, and `out_of_reach` says that for another there is no path. `refusers` are instances that refused
+    what a service router had passed on to them.
+    """
+
+    __slots__ = (
+        "asked",
+        "broadcast",
+        "out_of_reach",
+        "parked",
+        "refusals",
+        "refused",
+        "refusers",
+        "rounds",
+        "sent_at",
+    )
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.asked: set[int] = set()
+        self.refused: set[int] = set()
+        self.out_of_reach = False
+        self.broadcast = False
+        self.sent_at: float | None = None
+        self.refusers: set[int] = set()
+        self.refusals = 0
+        self.parked: Parked | None = None
+
+    def next_round(self) -> None:
+        """Every instance may be asked again."""
+        self.rounds += 1
+        self.asked.clear()
+        self.refused.clear()
+        self.out_of_reach = False
 
 
 class Flow:
@@ -66,10 +106,10 @@ class Flow:
         "released",
         "retransmission_timer",
         "retransmissions",
+        "search",
         "send_next",
         "send_unacknowledged",
         "service_id",
-        "silent_addresses",
         "source_addresses",
         "state",
         "syn_key",
@@ -128,7 +168,7 @@ class Flow:
         # Active open: where the SYN goes (`advisory` 0: as the service table says).
         self.advisory_address = 0
         self.ways: tuple[Way, ...] = ()
-        self.silent_addresses: set[int] = set()
+        self.search: Search | None = None
 
         # Passive open.
         self.listener: Listener | None = None

@@ -15,6 +15,7 @@ from errno import ECONNABORTED
 from serval_core.active_open import ActiveOpen
 from serval_core.close import Close
 from serval_core.core import Core, RandomSource
+from serval_core.delay_queue import DelayQueue
 from serval_core.effects import Effect, SendPacket
 from serval_core.errors import TheirMistake
 from serval_core.flow import Flow, SynKey
@@ -28,6 +29,7 @@ from serval_core.sent_resets import SentResets
 from serval_core.service_table import ServiceTable
 from serval_core.states import State
 from serval_core.unconnected import Endpoint, Unconnected
+from serval_core.undeliverable import error_name, undelivered
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import RST, SYN, SalPacket, parse
@@ -174,6 +176,34 @@ class ServiceAccessLayer:
         except TheirMistake as mistake:
             core.drop(mistake.reason)
 
+    def send_failed(self, packet: bytes, errno: int, now: float) -> None:
+        """Data plane: a packet of ours, or one that an ICMP error quotes the beginning of, was not delivered.
+
+        If it is a SYN, another instance is asked at once; an error never ends a connect by itself.
+        """
+        lost = undelivered(packet)
+        flow = None if lost is None else self._core.flows.by_id.get(lost.flow_id)
+        if lost is None or flow is None or flow.state is not State.REQUEST:
+            return
+        if lost.nonce not in (None, flow.local_nonce):
+            self._core.drop("spoofed_icmp_error")
+            return
+        self._core.counters["syns_undeliverable"] += 1
+        self._active_open.unreachable(flow, lost.destination, error_name(errno), now)
+
+    def release_delayed(self, prefix: ServicePrefix, now: float) -> int:
+        """Resolve anew what DELAY rules hold for services under `prefix`; returns how many those were."""
+        return self._core.delayed.release(prefix, now)
+
+    def drop_delayed(self, prefix: ServicePrefix, now: float, reason: str) -> int:
+        """Give up what DELAY rules hold for services under `prefix`; returns how many those were."""
+        return self._core.delayed.drop(prefix, now, reason)
+
+    @property
+    def delayed(self) -> DelayQueue:
+        """What DELAY rules hold. Read only."""
+        return self._core.delayed
+
     def paths_changed(self, now: float) -> None:
         """Interfaces, addresses or routes have changed: `paths` may have new answers."""
         for flow in list(self._core.flows.by_id.values()):
@@ -184,14 +214,16 @@ class ServiceAccessLayer:
         """Do what is due."""
         self._core.timers.run(now)
         self._core.flows.expire(now)
+        self._core.table.expire(now)
 
     def next_timeout(self) -> float | None:
         """When `handle_timeouts` has something to do; None: nothing is waiting."""
-        timer = self._core.timers.next_deadline()
-        expiry = self._core.flows.next_expiry()
-        if timer is None or (expiry is not None and expiry < timer):
-            return expiry
-        return timer
+        core = self._core
+        due = core.timers.next_deadline()
+        for other in (core.flows.next_expiry(), core.table.next_expiry()):
+            if due is None or (other is not None and other < due):
+                due = other
+        return due
 
     def take_effects(self) -> list[Effect]:
         """What is to be done, in order. The list is the caller's."""

@@ -19,6 +19,11 @@ class SalSettings:
     syn_initial_timeout_s: float = 0.2  # towards a destination whose round-trip time is unknown
     syn_timeout_max_s: float = 3.0
     connect_timeout_s: float = 10.0
+    target_silences: int = 2  # unanswered SYNs in a row after which a target counts as down (`liveness`)
+    target_down_s: float = 2.0  # doubles as long as the target does not answer in between
+    target_down_max_s: float = 30.0
+    delay_limit: int = 1024  # parked by DELAY rules, of the whole stack (SPEC 6.8)
+    delay_timeout_s: float = 5.0
     synack_timeout_s: float = 0.3  # doubles; how often it is repeated follows from request_expiry_s
     request_expiry_s: float = 3.0  # SPEC 3.6
     request_queue_limit: int = 1024  # half-open flows of the whole stack
