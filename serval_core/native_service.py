@@ -94,7 +94,7 @@ class NativeService:
 
     def __init__(self, stack: ServalStack, policy: AccessPolicy) -> None:
         self._stack = stack
-        self._policy = policy
+        self.policy = policy
         self._listener: socket.socket | None = None
         self._epoll: select.epoll | None = None
         self._clients: dict[int, Client] = {}
@@ -152,7 +152,7 @@ class NativeService:
         peer = peer_credentials(connection)
         program = Program(peer.pid, peer.uid, lambda: _groups(connection, peer.gid))
         used = self._sockets_of_user.get(peer.uid, 0)
-        limit = CLIENT_LIMIT if self._policy.trusts(program) else USER_SOCKET_LIMIT
+        limit = CLIENT_LIMIT if self.policy.trusts(program) else USER_SOCKET_LIMIT
         if used >= limit or len(self._clients) >= CLIENT_LIMIT:
             self.counters["refused_by_limit"] += 1
             with connection, contextlib.suppress(OSError):
@@ -275,7 +275,7 @@ class NativeService:
         prefix = request.prefix()
         self._check(client, "connect", prefix)
         uid = client.program.uid
-        if not self._policy.trusts(client.program) and self._stack.unattended.flows_of(uid) >= USER_FLOW_LIMIT:
+        if not self.policy.trusts(client.program) and self._stack.unattended.flows_of(uid) >= USER_FLOW_LIMIT:
             self.counters["refused_by_limit"] += 1
             raise Refused(errno.ENFILE, f"uid {uid} has {USER_FLOW_LIMIT} Serval connections, which is the limit")
         if request.hold:
@@ -288,7 +288,7 @@ class NativeService:
         )
 
     def _check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
-        sentence = self._policy.refusal(client.program, action, prefix)
+        sentence = self.policy.refusal(client.program, action, prefix)
         if sentence is not None:
             self.counters["refused_by_policy"] += 1
             raise Refused(errno.EACCES, sentence)

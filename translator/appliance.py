@@ -15,27 +15,23 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from serval_core.dataplane.kernel import DataPlaneSettings
+from serval_core.configured_rules import replace_rules, rule_text
+from serval_core.configured_stack import refuse_unknown_names, stack_settings
 from serval_core.errors import ServalError
-from serval_core.sal_settings import SalSettings
-from serval_core.stack import ServalStack, StackSettings
+from serval_core.stack import ServalStack
+from serval_core.systemd import notify_systemd
 from translator.accounting import Admission, MapTraffic
 from translator.config import Settings
 from translator.descriptors import connection_limit, raise_descriptor_limit
 from translator.legacy_side import LegacyAcceptor, MappedPort, SocketOptions
-from translator.nearest import nearest
-from translator.port_map import Misconfigured, rule_text
 from translator.relay import Relay
 from translator.reload import Parts, ReadAgain, Retired, prepare, put_into_effect
 from translator.serval_side import ForwardSide, ReverseSide
-from translator.service_rules import replace_rules
 from translator.splice_engine import FALLBACK_BECAUSE, SpliceEngine
-from translator.systemd import notify_systemd
 from translator.targets import Target, TargetDialer, TargetSet, resolve_targets
 
 log = structlog.get_logger("translator")
@@ -46,29 +42,6 @@ WATCH_INTERVAL_S = 1.0
 # How long flows whose clients have gone may still exchange their last FINs when the appliance ends.
 FLOWS_END_S = 1.0
 FLOWS_END_CHECK_S = 0.02
-
-_AVAILABLE_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
-
-
-def stack_settings(settings: Settings) -> StackSettings:
-    """What the embedded stack is told."""
-    stack = settings.stack
-    return StackSettings(
-        sal=SalSettings(
-            syn_initial_timeout_s=stack.syn_initial_timeout_s,
-            syn_timeout_max_s=max(stack.syn_timeout_max_s, stack.syn_initial_timeout_s),
-            connect_timeout_s=settings.timeouts.connect_s,
-            backlog=stack.backlog,
-        ),
-        dataplane=DataPlaneSettings(
-            interfaces=stack.interfaces,
-            congestion_control=stack.congestion_control,
-            virtual_network=stack.virtual_network,
-            virtual_address=stack.virtual_address,
-            peer_timeout_s=stack.peer_timeout_s,
-        ),
-        broadcast_resolution=stack.broadcast_resolution,
-    )
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -121,13 +94,15 @@ class Appliance:
         settings = self._settings
         options = SocketOptions(settings.legacy.tcp_nodelay, settings.legacy.keepalive_s)
         self.admission = Admission(connection_limit(settings, raise_descriptor_limit()))
-        self._refuse_unknown_names()
+        refuse_unknown_names(settings.stack)
         target_sets = [resolve_targets(reverse) for reverse in settings.reverses]
         self.acceptor = LegacyAcceptor(options, settings.legacy.backlog, self.admission, self._client)
         try:
             self.acceptor.bind(settings.maps)
             self._undo.append(self.acceptor.close)
-            self.stack = await ServalStack.start(stack_settings(settings))
+            self.stack = await ServalStack.start(
+                stack_settings(settings.stack, settings.timeouts.connect_s, settings.access)
+            )
             try:
                 self._start_on_stack(options, target_sets)
             except BaseException:
@@ -167,24 +142,6 @@ class Appliance:
     def _undo_all(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-    def _refuse_unknown_names(self) -> None:
-        """Interfaces and congestion control that this host does not have."""
-        stack = self._settings.stack
-        present = [name for _, name in socket.if_nameindex()]
-        for name in stack.interfaces or ():
-            if name not in present:
-                raise Misconfigured(
-                    f"--interface {name} (stack.interfaces)",
-                    f"there is no such interface{nearest(name, present)}",
-                )
-        available = _AVAILABLE_CONGESTION_CONTROL.read_text().split()
-        if stack.congestion_control not in available:
-            hint = nearest(stack.congestion_control, available)
-            raise Misconfigured(
-                f"--congestion-control {stack.congestion_control} (stack.congestion_control)",
-                f"the kernel does not have it{hint}",
-            )
 
     # -- running ---------------------------------------------------------------------------------------------
 

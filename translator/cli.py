@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import msgspec
 import rich_click as click
 
+from serval_core.config_file import Misconfigured, Names
+from serval_core.configured_rules import parse_rule, rule_text
 from serval_core.errors import ServalError
 from translator import show as show_module
 from translator.config import KEEPALIVE_MAX_S, Settings
 from translator.config_file import LoadedFile, load
-from translator.port_map import Misconfigured, Names, parse_map, parse_reverse, parse_rule, rule_text
+from translator.port_map import parse_map, parse_reverse
 
 PROGRAM = "serval-translator"
 WRONG_USE = 2
@@ -266,8 +268,8 @@ def _parse_all(
 
 def _run(settings: Settings, read_again: Callable[[], Settings] | None) -> None:
     # The stack is loaded only now: --help, check and show need none of it.
+    from serval_core.logging_setup import set_up_logging
     from translator.appliance import Appliance, new_event_loop
-    from translator.logging_setup import set_up_logging
 
     async def serve() -> None:
         appliance = Appliance(settings, read_again)

@@ -11,33 +11,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from translator.port_map import ForwardMap, Misconfigured, ReverseMap, ServiceRule, refuse_contradictions
+from serval_core.access_policy import AccessRule
+from serval_core.config_file import Misconfigured
+from serval_core.config_sections import Backlog, LogSection, PositiveCount, Seconds, StackSection
+from serval_core.configured_rules import ServiceRule
+from translator.port_map import ForwardMap, ReverseMap, refuse_contradictions
 
 CONNECTION_LIMIT = 20_000
 KEEPALIVE_MAX_S = 32_767  # what TCP_KEEPIDLE takes
 
-PositiveCount = Annotated[int, Meta(ge=1, le=10_000_000)]
-Backlog = Annotated[int, Meta(ge=1, le=65_535)]
-Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 KeepaliveSeconds = Annotated[int, Meta(ge=0, le=KEEPALIVE_MAX_S)]
-Name = Annotated[str, Meta(min_length=1)]
-_BYTE = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
-VirtualAddress = Annotated[str, Meta(pattern=rf"^{_BYTE}(\.{_BYTE}){{3}}$", description="an IPv4 address")]
-VirtualNetwork = Annotated[str, Meta(pattern=rf"^{_BYTE}\.{_BYTE}\.0\.0$", description="the first address of a /16")]
-
-
-class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """The embedded stack. `interfaces` None: all that are up."""
-
-    interfaces: Annotated[tuple[Name, ...], Meta(min_length=1)] | None = None
-    congestion_control: Name = "cubic"
-    virtual_network: VirtualNetwork = "100.126.0.0"  # a /16 that is used nowhere else
-    virtual_address: VirtualAddress = "100.127.255.1"  # outside it
-    peer_timeout_s: Annotated[int, Meta(ge=0, le=86_400)] = 120  # a silent host; 0: never
-    broadcast_resolution: bool = True
-    syn_initial_timeout_s: Seconds = 0.2
-    syn_timeout_max_s: Seconds = 3.0
-    backlog: Backlog = 1024
 
 
 class LegacySection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,13 +49,6 @@ class TimeoutsSection(Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: Seconds = 30.0  # from SIGTERM until what is still open is reset
 
 
-class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """What goes to standard error."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["console", "json"] = "console"
-
-
 class Settings(Struct, frozen=True, kw_only=True):
     """All an operator can say to one translator."""
 
@@ -84,6 +60,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     limits: LimitsSection = LimitsSection()
     timeouts: TimeoutsSection = TimeoutsSection()
     log: LogSection = LogSection()
+    access: tuple[AccessRule, ...] = ()
 
     def checked(self) -> Settings:
         """These settings. Raises Misconfigured when they contradict each other or leave nothing to do."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 
+from serval_core.config_file import Misconfigured
 from translator.config import CONNECTION_LIMIT, Settings
-from translator.port_map import Misconfigured
 
 # The stack, BPF, logs, clients of the stack socket.
 RESERVED_DESCRIPTORS = 512

@@ -16,9 +16,10 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from serval_core.config_file import Misconfigured
 from translator.accounting import Admission, MapTraffic
 from translator.complaint import Complaint
-from translator.port_map import EVERY_ADDRESS, ForwardMap, Misconfigured, addresses_overlap, host_text
+from translator.port_map import EVERY_ADDRESS, ForwardMap, addresses_overlap, host_text
 
 # Clients taken per wake-up of the loop: above, flows and timers would wait for a flood of clients.
 ACCEPTS_PER_WAKEUP = 64

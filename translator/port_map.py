@@ -1,6 +1,6 @@
 """What do the operator's maps mean, and do they contradict each other?
 
-Reads the text forms of --map, --reverse and --service; knows nothing about sockets or files. Every refusal is
+Reads the text forms of --map and --reverse; knows nothing about sockets or files. Every refusal is
 a `Misconfigured`: one sentence that begins with where the text stood ("--map 80=x", "site.toml:12:
 map.listen") and ends, where there is one, with the nearest text that would be right.
 """
@@ -9,35 +9,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from serval_core.errors import OurMistake
-from serval_core.names import (
-    DEFAULT_SERVICE,
-    NameMistake,
-    ServiceID,
-    ServicePrefix,
-    format_address,
-    parse_address,
-    parse_service,
-)
-from serval_core.rules import RuleType
+from serval_core.config_file import Misconfigured, Names, service_prefix
+from serval_core.configured_rules import ServiceRule, refuse_repeated_rules, split_assignment
+from serval_core.names import DEFAULT_SERVICE, ServiceID, ServicePrefix
 
 PORT_MAX = 65535
-WEIGHT_MAX = 1 << 20
 EVERY_ADDRESS = ""
-
-Names = Mapping[str, ServicePrefix]
-
-
-class Misconfigured(OurMistake):
-    """An option or value that cannot be obeyed. The message is one sentence naming its place."""
-
-    def __init__(self, origin: str, sentence: str) -> None:
-        super().__init__(f"{origin}: {sentence}")
-        self.origin = origin
-        self.sentence = sentence
 
 
 class ForwardMap(NamedTuple):
@@ -83,43 +63,11 @@ class ReverseMap(NamedTuple):
     origin: str
 
 
-class WeightedAddress(NamedTuple):
-    """One FORWARD target of the service table: an IPv4 address (host order) and its weight."""
-
-    address: int
-    weight: int
-
-
-class ServiceRule(NamedTuple):
-    """Entries for the service table: FORWARD to `addresses`, or DROP with none.
-
-    `priority` None stands for the default of the type.
-    """
-
-    prefix: ServicePrefix
-    rule_type: RuleType
-    addresses: tuple[WeightedAddress, ...]
-    priority: int | None
-    service_text: str
-    origin: str
-
-
 def host_text(host: str) -> str:
     """`host` as it stands before a colon: IPv6 in brackets, EVERY_ADDRESS as a star."""
     if host == EVERY_ADDRESS:
         return "*"
     return f"[{host}]" if ":" in host else host
-
-
-def rule_text(rule: ServiceRule) -> str:
-    """A rule as an operator writes it."""
-    if rule.rule_type is RuleType.DROP:
-        return f"{rule.service_text}=drop"
-    targets = [
-        format_address(target.address) + (f"@{target.weight}" if target.weight != 1 else "")
-        for target in rule.addresses
-    ]
-    return f"{rule.service_text}={','.join(targets)}"
 
 
 def parse_map(text: str, names: Names, origin: str) -> ForwardMap:
@@ -167,48 +115,6 @@ def reverse_map(
     if repeated is not None:
         raise Misconfigured(target_origin, f"the target {repeated} is given twice; leave one out")
     return ReverseMap(prefix, parsed, service, service_origin)
-
-
-def parse_rule(text: str, names: Names, origin: str) -> ServiceRule:
-    """`ID[:BITS]=IP[@WEIGHT][,IP…]`. Raises Misconfigured."""
-    service, targets = split_assignment(text, origin, "ID=IP[@WEIGHT][,IP...]")
-    addresses = weighted_addresses(targets.split(","), origin)
-    return ServiceRule(
-        service_prefix(service, names, origin), RuleType.FORWARD, addresses, None, service, origin
-    )
-
-
-def weighted_addresses(texts: Sequence[str], origin: str) -> tuple[WeightedAddress, ...]:
-    """FORWARD targets from `IP[@WEIGHT]` texts; none or a repeated one is refused."""
-    if not texts:
-        raise Misconfigured(origin, "give at least one target, for example 10.0.0.2 or 10.0.0.2@3")
-    parsed: dict[int, WeightedAddress] = {}
-    for text in texts:
-        target = parse_weighted_address(text.strip(), origin)
-        if target.address in parsed:
-            raise Misconfigured(
-                origin,
-                f"the address {text.strip().partition('@')[0]} is given twice; give it once with one weight",
-            )
-        parsed[target.address] = target
-    return tuple(parsed.values())
-
-
-def service_prefix(text: str, names: Names, origin: str) -> ServicePrefix:
-    """A serviceID or prefix in any text form of SPEC 1.2.1, or a name of the configuration."""
-    try:
-        return parse_service(text, names)
-    except NameMistake as mistake:
-        raise Misconfigured(origin, str(mistake)) from None
-
-
-def split_assignment(text: str, origin: str, forms: str) -> tuple[str, str]:
-    """The two sides of the first equals sign, neither empty."""
-    left, equals, right = text.partition("=")
-    left, right = left.strip(), right.strip()
-    if not equals or not left or not right:
-        raise Misconfigured(origin, f"is not of the form {forms}")
-    return left, right
 
 
 def parse_listen(text: str, origin: str) -> tuple[str, int, int]:
@@ -294,29 +200,6 @@ def parse_target(text: str, origin: str) -> LegacyTarget:
     return LegacyTarget(host, port)
 
 
-def parse_weighted_address(text: str, origin: str) -> WeightedAddress:
-    """`IP[@WEIGHT]`: an IPv4 address (Serval runs over IPv4 only, SPEC 1.1) and a weight of at least 1."""
-    address_text, at, weight_text = text.partition("@")
-    try:
-        address = parse_address(address_text)
-    except OurMistake:
-        raise Misconfigured(
-            origin,
-            f'"{address_text}" is no IPv4 address of a host that serves; write four numbers such as 10.0.0.2',
-        ) from None
-    if not at:
-        return WeightedAddress(address, 1)
-    if not (weight_text.isascii() and weight_text.isdigit()):
-        raise Misconfigured(origin, f'the weight "{weight_text}" is no number (1 to {WEIGHT_MAX})')
-    weight = int(weight_text)
-    if not 1 <= weight <= WEIGHT_MAX:
-        nearest = 1 if weight < 1 else WEIGHT_MAX
-        raise Misconfigured(
-            origin, f"the weight {weight_text} is out of range 1 to {WEIGHT_MAX} (nearest: {nearest})"
-        )
-    return WeightedAddress(address, weight)
-
-
 def refuse_contradictions(
     maps: Sequence[ForwardMap], reverses: Sequence[ReverseMap], rules: Sequence[ServiceRule]
 ) -> None:
@@ -330,16 +213,7 @@ def refuse_contradictions(
                 f"the service {reverse.service_text} is already served by {other.origin};"
                 " put all its targets into one list, separated by commas",
             )
-    ruled: dict[tuple[ServicePrefix, int | None], ServiceRule] = {}
-    for rule in rules:
-        keys: list[int | None] = [target.address for target in rule.addresses] or [None]
-        for address in keys:
-            if (earlier := ruled.setdefault((rule.prefix, address), rule)) is not rule:
-                what = "DROP" if address is None else format_address(address)
-                sentence = (
-                    f"the service {rule.service_text} already has the target {what} from {earlier.origin}"
-                )
-                raise Misconfigured(rule.origin, f"{sentence}; give it once")
+    refuse_repeated_rules(rules)
 
 
 def _refuse_port_overlaps(maps: Sequence[ForwardMap]) -> None:

@@ -1,6 +1,6 @@
 """What of a configuration that was read again takes effect while the translator runs?
 
-Maps, reverse maps and rules do. What is new is made first: names looked up, ports opened, prefixes listened on,
+Maps, reverse maps, rules and access rules do. What is new is made first: names looked up, ports opened, prefixes listened on,
 rules put in. Only when all of that has succeeded is given up what is no longer wanted, so a refusal leaves
 everything as it was. No connection notices: those of a map that is gone live on until they end by themselves.
 """
@@ -13,19 +13,20 @@ from typing import NamedTuple
 
 import msgspec
 
+from serval_core.access_policy import AccessPolicy
+from serval_core.config_file import Misconfigured
+from serval_core.configured_rules import replace_rules
 from serval_core.stack import ServalStack
 from translator.accounting import Admission, MapTraffic
 from translator.config import Settings
 from translator.descriptors import connection_limit, raise_descriptor_limit
 from translator.legacy_side import LegacyAcceptor
-from translator.port_map import Misconfigured
 from translator.serval_side import ReverseSide
-from translator.service_rules import replace_rules
 from translator.targets import TargetSet, resolve_targets
 
 ReadAgain = Callable[[], Settings]
 
-_CHANGEABLE = frozenset({"maps", "reverses", "rules"})
+_CHANGEABLE = frozenset({"maps", "reverses", "rules", "access"})
 
 
 class Parts(NamedTuple):
@@ -90,6 +91,7 @@ def put_into_effect(parts: Parts, running: Settings, wanted: Wanted) -> list[Ret
                 undo.callback(parts.reverse.stop_serving, added)
         undo.pop_all()
     parts.admission.change_limit(limit)
+    parts.stack.native.policy = AccessPolicy(settings.access)
     return [
         *(Retired("forward", gone) for gone in parts.acceptor.replace(ports)),
         *(Retired("reverse", gone) for gone in parts.reverse.replace(settings.reverses, target_sets)),

@@ -14,13 +14,14 @@ import socket
 import time
 from collections.abc import Sequence
 
+from serval_core.config_file import Misconfigured
 from serval_core.connection import Connection, Listener, PendingConnect
 from serval_core.errors import OurMistake
 from serval_core.stack import ServalStack
 from translator.accounting import Admission, MapTraffic
 from translator.complaint import Complaint
 from translator.legacy_side import Address, MappedPort, address_text
-from translator.port_map import Misconfigured, ReverseMap
+from translator.port_map import ReverseMap
 from translator.relay import Pair, Relay
 from translator.targets import Dial, Target, TargetDialer, TargetSet
 

@@ -13,8 +13,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from serval_core.config_file import Misconfigured
 from translator.legacy_side import SocketOptions
-from translator.port_map import LegacyTarget, Misconfigured, ReverseMap
+from translator.port_map import LegacyTarget, ReverseMap
 
 # How long a target that refused or did not answer is tried after the others only.
 AVOID_S = 5.0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import structlog.testing
 
+from serval_core.config_file import Misconfigured
 from translator.accounting import Admission
 from translator.complaint import SILENCE_S, Complaint
 from translator.config import LimitsSection, Settings
 from translator.descriptors import RESERVED_DESCRIPTORS, connection_limit
-from translator.port_map import Misconfigured, parse_map
+from translator.port_map import parse_map
 
 
 def test_room_is_announced_once_after_it_was_missed() -> None:

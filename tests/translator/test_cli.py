@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import structlog
 
+from serval_core.config_file import Misconfigured
 from translator.cli import cli, collect_settings, main
 from translator.config import Settings
-from translator.port_map import Misconfigured
 
 FILE = """\
 [services]
@@ -212,8 +212,8 @@ def test_help_names_every_command() -> None:
 def test_log_lines_are_of_the_wanted_form_and_level(form: str) -> None:
     program = f"""
 import structlog
-from translator.config import LogSection
-from translator.logging_setup import set_up_logging
+from serval_core.config_sections import LogSection
+from serval_core.logging_setup import set_up_logging
 set_up_logging(LogSection(level="warning", format={form!r}))
 structlog.get_logger("x").info("unheard")
 structlog.get_logger("x").warning("heard", number=3)
@@ -232,8 +232,8 @@ def test_a_defect_is_logged_with_its_trace() -> None:
     program = """
 import asyncio
 from translator.appliance import report_defect
-from translator.config import LogSection
-from translator.logging_setup import set_up_logging
+from serval_core.config_sections import LogSection
+from serval_core.logging_setup import set_up_logging
 
 async def main():
     loop = asyncio.get_running_loop()

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serval_core.config_file import Misconfigured, line_of
+from serval_core.config_sections import LogSection
 from serval_core.names import ServicePrefix
 from serval_core.rules import RuleType
-from translator.config import LegacySection, LogSection, Settings
-from translator.config_file import LoadedFile, line_of, load
-from translator.port_map import Misconfigured
+from translator.config import LegacySection, Settings
+from translator.config_file import LoadedFile, load
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from serval_core.config_file import Misconfigured
 from translator.accounting import Admission
 from translator.legacy_side import Address, LegacyAcceptor, MappedPort, SocketOptions, address_text, reset
-from translator.port_map import ForwardMap, Misconfigured, parse_map
+from translator.port_map import ForwardMap, parse_map
 
 TIMEOUT_S = 10.0
 

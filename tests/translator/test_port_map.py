@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serval_core.config_file import Misconfigured
+from serval_core.configured_rules import WeightedAddress, parse_rule
 from serval_core.names import ServiceID, ServicePrefix, parse_address
 from serval_core.rules import RuleType
 from translator.port_map import (
     EVERY_ADDRESS,
     ForwardMap,
     LegacyTarget,
-    Misconfigured,
-    WeightedAddress,
     parse_map,
     parse_reverse,
-    parse_rule,
     refuse_contradictions,
 )
 

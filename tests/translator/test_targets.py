@@ -10,8 +10,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from serval_core.config_file import Misconfigured
 from translator.legacy_side import SocketOptions
-from translator.port_map import Misconfigured, parse_reverse
+from translator.port_map import parse_reverse
 from translator.targets import AVOID_S, Dial, Target, TargetDialer, TargetSet, resolve_targets
 
 TIMEOUT_S = 10.0

@@ -6,11 +6,11 @@ import contextlib
 
 import pytest
 
+from serval_core.config_file import Misconfigured
+from serval_core.configured_rules import ServiceRule, parse_rule, replace_rules
 from serval_core.names import DEFAULT_PREFIX, parse_address, parse_service
 from serval_core.rules import Rule, RuleType
 from serval_core.service_table import ServiceTable
-from translator.port_map import Misconfigured, ServiceRule, parse_rule
-from translator.service_rules import replace_rules
 
 WEB, FILES = "76568", "76569"
 

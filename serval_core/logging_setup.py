@@ -10,7 +10,7 @@ import sys
 
 import structlog
 
-from translator.config import LogSection
+from serval_core.config_sections import LogSection
 
 
 def set_up_logging(section: LogSection) -> None:

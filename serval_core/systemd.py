@@ -7,7 +7,7 @@ import socket
 
 import structlog
 
-log = structlog.get_logger("translator.systemd")
+log = structlog.get_logger("serval_core.systemd")
 
 
 def notify_systemd(state: str) -> None:

@@ -1,0 +1,71 @@
+"""What can be chosen of every program that runs a stack? The sections `[stack]`, `[log]`, `[[access]]` of its configuration.
+
+A key has the same name, default and range in the file and everywhere else; times are in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from serval_core.access_policy import AccessPolicy, AccessRule, Principals
+from serval_core.config_file import ConfigFile, Misconfigured, Names, service_prefix
+from serval_core.errors import OurMistake
+
+PositiveCount = Annotated[int, Meta(ge=1, le=10_000_000)]
+Backlog = Annotated[int, Meta(ge=1, le=65_535)]
+Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+Name = Annotated[str, Meta(min_length=1)]
+_BYTE = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
+VirtualAddress = Annotated[str, Meta(pattern=rf"^{_BYTE}(\.{_BYTE}){{3}}$", description="an IPv4 address")]
+VirtualNetwork = Annotated[str, Meta(pattern=rf"^{_BYTE}\.{_BYTE}\.0\.0$", description="the first address of a /16")]
+
+
+class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The embedded stack. `interfaces` None: all that are up."""
+
+    interfaces: Annotated[tuple[Name, ...], Meta(min_length=1)] | None = None
+    congestion_control: Name = "cubic"
+    virtual_network: VirtualNetwork = "100.126.0.0"  # a /16 that is used nowhere else
+    virtual_address: VirtualAddress = "100.127.255.1"  # outside it
+    peer_timeout_s: Annotated[int, Meta(ge=0, le=86_400)] = 120  # a silent host; 0: never
+    broadcast_resolution: bool = True
+    syn_initial_timeout_s: Seconds = 0.2
+    syn_timeout_max_s: Seconds = 3.0
+    backlog: Backlog = 1024
+
+
+class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What goes to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class AccessEntry(Struct, forbid_unknown_fields=True):
+    """Who may use services under `service`: users, `%groups`, or `*`. A key that is absent leaves the default."""
+
+    service: str | int
+    bind: list[str | int] | None = None
+    connect: list[str | int] | None = None
+
+
+def read_access(file: ConfigFile, entries: Sequence[AccessEntry], names: Names) -> tuple[AccessRule, ...]:
+    """The access rules of a configuration file. Raises Misconfigured."""
+    rules = []
+    for index, entry in enumerate(entries):
+        prefix = service_prefix(str(entry.service), names, file.place("access", index, "service"))
+        principals = {}
+        for action, who in (("bind", entry.bind), ("connect", entry.connect)):
+            try:
+                principals[action] = None if who is None else Principals.parse(who)
+            except OurMistake as mistake:
+                raise Misconfigured(file.place("access", index, action), str(mistake)) from None
+        rules.append(AccessRule(prefix, principals["bind"], principals["connect"]))
+    try:
+        AccessPolicy(rules)
+    except OurMistake as mistake:
+        raise Misconfigured(file.place("access"), str(mistake)) from None
+    return tuple(rules)
