@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
-import struct
 import subprocess
 import threading
 
@@ -13,10 +12,9 @@ import pytest
 from through_chain import NOBODY, RAW, dial, dial_through
 
 from lab.chain import Chain
+from translator.legacy_side import reset
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with a linger time of 0
 
 
 def receive_all(connection: socket.socket) -> bytes:
@@ -29,11 +27,6 @@ def receive_all(connection: socket.socket) -> bytes:
 def write_for_ever(connection: socket.socket) -> None:
     while True:
         connection.send(b"x")
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-    connection.close()
 
 
 def test_netcat_half_closes_and_still_gets_its_answer(chain: Chain, listener: socket.socket) -> None:
@@ -116,24 +109,16 @@ def test_the_server_speaks_first(chain: Chain, listener: socket.socket) -> None:
         assert client.recv(100) == b"220 hello\r\n"
 
 
-def test_a_clients_reset_reaches_the_server(chain: Chain, listener: socket.socket) -> None:
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_reaches_the_other_side(chain: Chain, listener: socket.socket, who: str) -> None:
     client, server = dial_through(chain, listener)
-    with server:
-        client.sendall(b"x")
-        assert server.recv(1) == b"x"
-        reset(client)
+    resetting, other = (client, server) if who == "client" else (server, client)
+    with other:
+        resetting.sendall(b"x")
+        assert other.recv(1) == b"x"
+        reset(resetting)
         with pytest.raises(ConnectionResetError):
-            server.recv(1)
-
-
-def test_a_servers_reset_reaches_the_client(chain: Chain, listener: socket.socket) -> None:
-    client, server = dial_through(chain, listener)
-    with client:
-        server.sendall(b"x")
-        assert client.recv(1) == b"x"
-        reset(server)
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
+            other.recv(1)
 
 
 def test_what_was_sent_before_a_close_arrives_however_slow_the_reader(

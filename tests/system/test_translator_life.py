@@ -25,9 +25,7 @@ def refused(pair: Pair, *options: str) -> tuple[int, str]:
 def test_sigterm_lets_open_connections_finish_and_lets_nobody_in(pair: Pair) -> None:
     listener = pair.listen()
     reverse, forward = pair.reverse(), pair.forward()
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     for side in (forward, reverse):
         side.process.send_signal(signal.SIGTERM)
     wait_for(lambda: all("draining" in side.log() for side in (forward, reverse)), "both to drain")
@@ -45,9 +43,7 @@ def test_sigterm_ends_with_resets_at_the_deadline(pair: Pair) -> None:
     listener = pair.listen()
     pair.reverse()
     forward = pair.forward("--drain-timeout", "0.3")
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     assert forward.stop(signal.SIGTERM) == 0
     assert ending(client) == "reset"
     assert ending(server) == "reset"
@@ -61,9 +57,7 @@ def test_sigint_or_a_second_sigterm_stops_at_once(pair: Pair, signals: tuple[sig
     listener = pair.listen()
     reverse = pair.reverse()
     forward = pair.forward("--drain-timeout", "600")
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     forward.process.send_signal(signals[0])
     if len(signals) > 1:
         wait_for(lambda: "draining" in forward.log(), "it to drain")
@@ -96,7 +90,7 @@ def test_a_host_without_ipv6_serves_ipv4(pair: Pair) -> None:
         listener = pair.listen()
         pair.reverse()
         pair.forward()
-        exchange(pair.dial(), pair.accept(listener))
+        pair.talk(listener)
     finally:
         pair.near.sysctl("net.ipv6.conf.all.disable_ipv6", 0)
 
@@ -104,16 +98,14 @@ def test_a_host_without_ipv6_serves_ipv4(pair: Pair) -> None:
 def test_after_kill_9_a_new_one_clears_up_and_serves(pair: Pair) -> None:
     listener = pair.listen()
     reverse, forward = pair.reverse(), pair.forward()
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, _ = pair.talk(listener)
     forward.stop(signal.SIGKILL)
     reverse.stop(signal.SIGKILL)
     assert kernel_traces(pair.near) != []  # else this test would prove nothing
     assert ending(client) in ("reset", "close")
     forward, reverse = pair.forward(), pair.reverse()
     assert "removed what an earlier process had left behind" in forward.log()
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
 
 
 def test_a_second_instance_is_refused_and_the_first_goes_on(pair: Pair) -> None:
@@ -125,7 +117,7 @@ def test_a_second_instance_is_refused_and_the_first_goes_on(pair: Pair) -> None:
     assert f"another Serval stack runs in this network namespace (pid {forward.process.pid}" in message
     assert message.count("\n") == 1
     assert PORT + 1 not in pair.near.listening_ports()
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
 
 
 def test_a_port_of_another_program_leaves_nothing_half_started(pair: Pair) -> None:
@@ -186,9 +178,7 @@ def test_one_line_at_the_start_and_nothing_per_connection(pair: Pair) -> None:
 def test_show_flows_services_and_maps(pair: Pair) -> None:
     listener = pair.listen()
     reverse, forward = pair.reverse(), pair.forward()
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     client_place = f"127.0.0.1:{client.getsockname()[1]}"
 
     def show(*words: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import time
 
 import pytest
@@ -20,11 +19,7 @@ from translator_pair import (
 )
 
 from lab.waiting import wait_for
-
-
-def reset_by_client(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+from translator.legacy_side import reset
 
 
 def test_several_maps_both_directions_and_both_ip_versions_in_one_process(pair: Pair) -> None:
@@ -92,7 +87,7 @@ def test_a_client_that_is_reset_while_connecting_is_forgotten_before_the_timeout
     client = pair.dial()
     wait_counter(forward, "clients_connecting", 1)
     assert len(forward.flows()) == 1
-    reset_by_client(client)
+    reset(client)
     wait_counter(forward, "clients", 0)
     wait_for(lambda: forward.flows() == [], "the flow to be cancelled")
     assert only_map(forward)["gave_up"] == 1
@@ -136,7 +131,7 @@ def test_targets_take_turns(pair: Pair) -> None:
     pair.forward()
     listeners = [pair.listen(80), pair.listen(81)]
     for number in range(4):
-        exchange(pair.dial(), pair.accept(listeners[number % 2]))
+        pair.talk(listeners[number % 2])
     assert [each["connections"] for each in only_map(reverse)["targets"]] == [2, 2]
 
 
@@ -155,7 +150,7 @@ def test_a_client_that_goes_away_while_its_target_is_dialled_is_forgotten(pair: 
         pair.forward()
         client = pair.dial()
         wait_counter(reverse, "flows_waiting_for_targets", 1)
-        reset_by_client(client)
+        reset(client)
         wait_counter(reverse, "flows_waiting_for_targets", 0)
         wait_counter(reverse, "clients", 0)
         assert only_map(reverse)["gave_up"] == 1
@@ -185,9 +180,7 @@ def test_beyond_the_limit_of_the_reverse_side_flows_are_reset(pair: Pair) -> Non
     listener = pair.listen()
     reverse = pair.reverse("127.0.0.1:80", "--connection-limit", "1")
     pair.forward()
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     assert pair.dial_in_vain() == "reset"
     exchange(client, server)
     assert only_map(reverse)["refused"] == 1
@@ -197,9 +190,7 @@ def test_an_idle_pair_is_reset_on_both_sides(pair: Pair) -> None:
     listener = pair.listen()
     pair.reverse()
     forward = pair.forward("--idle-timeout", "0.5")
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     assert ending(client) == "reset"
     assert ending(server) == "reset"
     wait_counter(forward, "splice_completed_idle_timeout", 1)
@@ -211,9 +202,7 @@ def test_a_half_closed_pair_is_reset_when_the_other_side_stays_silent(pair: Pair
     listener = pair.listen()
     pair.reverse()
     forward = pair.forward(f"--{silent_side}-fin-timeout", "0.5")
-    client = pair.dial()
-    server = pair.accept(listener)
-    exchange(client, server)
+    client, server = pair.talk(listener)
     closing, silent = (server, client) if silent_side == "client" else (client, server)
     closing.shutdown(socket.SHUT_WR)
     assert silent.recv(1) == b""
@@ -227,7 +216,7 @@ def test_clients_are_spread_by_weight(pair: Pair) -> None:
     listener = pair.listen()
     pair.reverse()
     forward = pair.forward("--service", f"{SERVICE}=10.9.0.77@100", "--connect-timeout", "20")
-    exchange(pair.dial(), pair.accept(listener))  # reaches the living one after some tries, each drawn anew
+    pair.talk(listener)  # reaches the living one after some tries, each drawn anew
     (entry,) = [each for each in forward.ask("services") if each["prefix"] == SERVICE]
     assert {each["address"]: each["weight"] for each in entry["targets"]} == {"10.9.0.2": 1, "10.9.0.77": 100}
     assert entry["packets_resolved"] > 1

@@ -97,8 +97,7 @@ def test_a_live_transfer_outlives_its_map(pair: Pair) -> None:
     site.reload(map_of(OTHER_PORT) + RULE)
     with pytest.raises(ConnectionRefusedError):
         pair.dial()
-    other_client, other_server = pair.dial(OTHER_PORT), pair.accept(listener)
-    exchange(other_client, other_server)
+    other_client, other_server = pair.talk(listener, OTHER_PORT)
     shown = [(each["listen"], each["active"], each["removed"]) for each in site.process.ask("maps")]
     assert shown == [(f"*:{OTHER_PORT}", 1, False), (f"*:{PORT}", 1, True)]
     assert f"*:{PORT} (removed)" in site.process.show("maps")
@@ -123,7 +122,7 @@ def test_a_port_that_changes_its_service_stays_open(pair: Pair) -> None:
     client = pair.dial()
     server = pair.accept(listeners[0])
     site.reload(map_of(service=OTHER_SERVICE) + RULE + OTHER_RULE)
-    exchange(pair.dial(), pair.accept(listeners[1]))
+    pair.talk(listeners[1])
     exchange(client, server)
 
 
@@ -131,9 +130,9 @@ def test_a_map_that_only_moved_in_the_file_keeps_its_account(pair: Pair) -> None
     listener = pair.listen()
     pair.reverse()
     site = Site(pair, map_of() + RULE, (PORT,))
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     site.reload(RULE + map_of())
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     assert only_map(site.process)["connections"] == 2
 
 
@@ -141,11 +140,11 @@ def test_rules_are_replaced_and_those_that_stay_keep_their_counters(pair: Pair) 
     listener = pair.listen()
     pair.reverse()
     site = Site(pair, map_of() + map_of(OTHER_PORT, OTHER_SERVICE) + RULE, (PORT, OTHER_PORT))
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     drop = f"[[rule]]\nservice = {OTHER_SERVICE}\ntype = 'drop'\n"
     site.reload(map_of() + map_of(OTHER_PORT, OTHER_SERVICE) + RULE + drop)
     assert pair.dial_in_vain(OTHER_PORT) == "reset"
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     rules = {each["prefix"]: each for each in site.process.ask("services")}
     assert rules[SERVICE]["packets_resolved"] == 2
     assert rules[OTHER_SERVICE]["packets_dropped"] == 1
@@ -160,9 +159,7 @@ def test_a_service_moves_to_another_target_and_away(pair: Pair) -> None:
     client = pair.dial()
     server = pair.accept(listeners[0])
     site.reload(reverse_of("127.0.0.1:81"))
-    other_client = pair.dial()
-    other_server = pair.accept(listeners[1])
-    exchange(other_client, other_server)
+    other_client, other_server = pair.talk(listeners[1])
     site.reload(reverse_of("127.0.0.1:80", service=OTHER_SERVICE))
     assert pair.dial_in_vain() == "reset"
     exchange(client, server)
@@ -175,7 +172,7 @@ def test_what_is_known_of_a_target_outlives_a_reload(pair: Pair) -> None:
     listener = pair.listen(81)
     site = Site(pair, reverse_of("127.0.0.1:80", "127.0.0.1:81"), services=1)
     pair.forward()
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     site.reload(reverse_of("127.0.0.1:82", "127.0.0.1:80"))
     now, before = site.process.ask("maps")
     assert (now["removed"], before["removed"]) == (False, True)
@@ -235,7 +232,7 @@ def test_a_mistake_leaves_everything_as_it_was(pair: Pair, text: str, complaint:
     assert said.count("\n") == 1
     assert seen() == before
     exchange(client, server)
-    exchange(pair.dial(), pair.accept(listener))
+    pair.talk(listener)
     site.reload(right)
 
 

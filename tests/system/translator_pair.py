@@ -96,6 +96,13 @@ class Pair:
         """A legacy client on the near host."""
         return self.keep(self.near.call(socket.create_connection, (address, port), TIMEOUT_S))
 
+    def talk(self, listener: socket.socket, port: int = PORT) -> tuple[socket.socket, socket.socket]:
+        """A client's connection through both translators and the service's end of it; bytes have gone both ways."""
+        client = self.dial(port)
+        server = self.accept(listener)
+        exchange(client, server)
+        return client, server
+
     def dial_in_vain(self, port: int = PORT) -> str:
         """What a client sees that cannot be served: "reset" or "close". The reset may come while it still connects."""
         try:

@@ -48,6 +48,15 @@ def start_with_full_pipe(pair: Relayed, data: bytes) -> int:
     return len(data) - taken
 
 
+def run_program(text: str) -> str:
+    """What a Python program prints, run in a process of its own to its proper end."""
+    ended = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=False, cwd=os.getcwd()
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 @pytest.fixture
 def room_for_10000_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -111,15 +120,7 @@ def test_an_engine_that_is_never_stopped_does_not_keep_the_program_alive(
     engine_class: type[SpliceEngine],
 ) -> None:
     program = f"from {engine_class.__module__} import SpliceEngine; engine = SpliceEngine(); print('done')"
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-        cwd=os.getcwd(),
-    )
-    assert ended.stdout == "done\n"
+    assert run_program(program) == "done\n"
 
 
 def test_pipes_are_lent_only_while_bytes_are_pending(engine_class: type[SpliceEngine]) -> None:
@@ -219,15 +220,7 @@ with SpliceEngine() as engine, Relayed(engine) as pair:
 @pytest.mark.parametrize("program", [WITHOUT_PIPES, WITHOUT_PIPE_PAGES], ids=["descriptors", "pages"])
 def test_when_no_pipe_can_be_had_it_copies(engine_class: type[SpliceEngine], program: str) -> None:
     program = program.format(tests=str(Path(__file__).parent), module=engine_class.__module__)
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=os.getcwd(),
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_program(program)
 
 
 def test_a_pipe_size_that_the_kernel_refuses_is_replaced_by_a_smaller_one(
@@ -348,13 +341,5 @@ def test_the_pure_engine_is_used_where_the_compiled_one_is_missing(compiled: boo
         + "from translator import splice_engine as chosen\n"
         + "print(chosen.SpliceEngine.__module__, chosen.FALLBACK_BECAUSE is None)"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-        cwd=os.getcwd(),
-    )
     expected = "translator.splice_ext True" if compiled else "translator.splice_fallback False"
-    assert ended.stdout.strip() == expected
+    assert run_program(program).strip() == expected
