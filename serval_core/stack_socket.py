@@ -3,8 +3,8 @@
 An AF_UNIX stream socket with the abstract name `serval-stack`. Abstract names belong to a network namespace,
 may be bound once, and vanish with the process that bound them: so the name is also the lock that keeps a
 second stack out. Requests and replies are lines of JSON: `{"request": "flows", "arguments": {}}` is answered
-by `{"result": ...}` or `{"error": "one sentence"}`. This file knows no requests; whoever runs the stack
-registers them.
+by `{"result": ...}` or `{"error": "one sentence"}`; some are answered by one line per news, until the client
+goes. This file knows no requests; whoever runs the stack registers them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ ACCEPT_PAUSE_S = 1.0
 BIND_ATTEMPTS = 3
 
 Handler = Callable[[dict[str, Any]], object]
-"""Takes the request's arguments, returns what msgspec can turn into JSON. OurMistake becomes the error
-reply.
+"""Takes the request's arguments, returns what msgspec can turn into JSON, or an asynchronous generator of such
+things: one line each. OurMistake becomes the error reply.
 """
 
 _CREDENTIALS = struct.Struct("iII")
@@ -180,9 +180,12 @@ class StackSocketServer:
             while True:
                 async with asyncio.timeout(CLIENT_TIMEOUT_S):
                     reply, more = await self._next_reply(reader)
-                    if reply is not None:
+                    if isinstance(reply, bytes):
                         writer.write(reply)
                         await writer.drain()
+                if isinstance(reply, AsyncGenerator):
+                    await self._stream(reply, reader, writer)
+                    break
                 if not more:
                     break
             writer.close()
@@ -193,7 +196,42 @@ class StackSocketServer:
         finally:
             writer.transport.abort()
 
-    async def _next_reply(self, reader: asyncio.StreamReader) -> tuple[bytes | None, bool]:
+    async def _stream(
+        self,
+        items: AsyncGenerator[object, None],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Send what comes until nothing more does, or the client closes its side or says anything more."""
+        closed = asyncio.ensure_future(reader.read(1))
+        try:
+            while True:
+                coming = asyncio.ensure_future(anext(items))
+                try:
+                    await asyncio.wait((closed, coming), return_when=asyncio.FIRST_COMPLETED)
+                    if closed.done():
+                        return
+                    line = _result_line(coming.result())
+                except StopAsyncIteration:
+                    return
+                except Exception as error:
+                    writer.write(self._failed_by(error, "a streaming reply"))
+                    return
+                finally:
+                    coming.cancel()
+                    await asyncio.wait((coming,))
+                    if not coming.cancelled():
+                        coming.exception()  # looked at, so that the loop does not complain
+                writer.write(line)
+                async with asyncio.timeout(CLIENT_TIMEOUT_S):
+                    await writer.drain()
+        finally:
+            closed.cancel()
+            await items.aclose()
+
+    async def _next_reply(
+        self, reader: asyncio.StreamReader
+    ) -> tuple[bytes | AsyncGenerator[object, None] | None, bool]:
         """The answer to the next request (None: there was none) and whether to go on after it."""
         try:
             line = await reader.readuntil(b"\n")
@@ -207,7 +245,7 @@ class StackSocketServer:
         self.counters["malformed_requests"] += 1
         return _error_line(f"this is no request to the stack: {what}")
 
-    def _answer(self, line: bytes) -> bytes:
+    def _answer(self, line: bytes) -> bytes | AsyncGenerator[object, None]:
         try:
             request = _decode_request(line)
         except msgspec.DecodeError as error:
@@ -219,15 +257,17 @@ class StackSocketServer:
         if handler is None:
             return self._failed(self._unknown(request.request))
         try:
-            return msgspec.json.encode({"result": handler(request.arguments)}) + b"\n"
-        except ServalError as error:
-            return self._failed(str(error))
+            result = handler(request.arguments)
+            return result if isinstance(result, AsyncGenerator) else _result_line(result)
         except Exception as error:
-            # A defect of the handler must neither end the stack nor stay hidden.
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": f"stack socket request {request.request} failed", "exception": error}
-            )
-            return self._failed(f"the stack failed at this request, which is a defect of it: {error!r}")
+            return self._failed_by(error, f"stack socket request {request.request}")
+
+    def _failed_by(self, error: Exception, what: str) -> bytes:
+        if isinstance(error, ServalError):
+            return self._failed(str(error))
+        # A defect of the handler must neither end the stack nor stay hidden.
+        asyncio.get_running_loop().call_exception_handler({"message": f"{what} failed", "exception": error})
+        return self._failed(f"the stack failed at this request, which is a defect of it: {error!r}")
 
     def _failed(self, sentence: str) -> bytes:
         self.counters["failed_requests"] += 1
@@ -251,8 +291,34 @@ class StackSocketClient:
         StackNotRunning if there is no stack; RequestFailed with the stack's own sentence if it refused, with
         ours if it did not answer within `timeout_s`, or is run by a user who is neither root nor us.
         """
-        line = msgspec.json.encode(_Request(name, arguments)) + b"\n"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        with self._connect() as connection:
+            try:
+                reply = _exchange(connection, _request_line(name, arguments))
+            except TimeoutError:
+                whose = _describe_process(peer_credentials(connection).pid)
+                limit = f"{self.timeout_s:g} s"
+                raise RequestFailed(f"the stack ({whose}) did not answer within {limit}") from None
+        if reply.error is not None:
+            raise RequestFailed(reply.error)
+        return reply.result
+
+    def stream(self, name: str, /, **arguments: object) -> Iterator[Any]:
+        """The results of a request that is answered by many lines, as they come, until the stack ends or the
+        iterator is closed. Waits without limit; errors as in `request`.
+        """
+        with self._connect() as connection:
+            connection.sendall(_request_line(name, arguments))
+            connection.settimeout(None)
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    reply = _decode_reply(line)
+                    if reply.error is not None:
+                        raise RequestFailed(reply.error)
+                    yield reply.result
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             connection.settimeout(self.timeout_s)
             try:
                 connection.connect(STACK_SOCKET_ADDRESS)
@@ -267,15 +333,10 @@ class StackSocketClient:
                     f"the stack socket is held by uid {server.uid} ({_describe_process(server.pid)}), "
                     "which is neither root nor you: not asking it"
                 )
-            try:
-                reply = _exchange(connection, line)
-            except TimeoutError:
-                whose = _describe_process(server.pid)
-                limit = f"{self.timeout_s:g} s"
-                raise RequestFailed(f"the stack ({whose}) did not answer within {limit}") from None
-        if reply.error is not None:
-            raise RequestFailed(reply.error)
-        return reply.result
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 def peer_credentials(connection: socket.socket) -> PeerCredentials:
@@ -326,6 +387,14 @@ def _describe_process(pid: int) -> str:
 
 def _error_line(sentence: str) -> bytes:
     return msgspec.json.encode({"error": sentence}) + b"\n"
+
+
+def _result_line(result: object) -> bytes:
+    return msgspec.json.encode({"result": result}) + b"\n"
+
+
+def _request_line(name: str, arguments: dict[str, object]) -> bytes:
+    return msgspec.json.encode(_Request(name, arguments)) + b"\n"
 
 
 def _exchange(connection: socket.socket, line: bytes) -> _Reply:
