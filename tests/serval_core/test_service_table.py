@@ -1,10 +1,8 @@
-"""The service table: which rule decides, what may stand beside what, what is counted, what errors say."""
+"""Which rule of the service table decides?"""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,34 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serval_core.errors import OurMistake
-from serval_core.names import DEFAULT_PREFIX, DEFAULT_SERVICE, ServiceID, ServicePrefix, parse_address
+from serval_core.names import DEFAULT_PREFIX, DEFAULT_SERVICE, ServiceID, ServicePrefix
 from serval_core.rules import Rule, RuleType
 from serval_core.service_table import Resolution, ServiceTable
-
-WEB = ServiceID.from_number(76568)
-WEB_PREFIX = ServicePrefix.of(WEB)
-WEB_BEGIN = ServicePrefix.of(WEB, 16)
-A, B, C = (parse_address(f"10.0.0.{number}") for number in (1, 2, 3))
-BROADCAST_1, BROADCAST_2 = parse_address("10.0.0.255"), parse_address("10.1.0.255")
-
-low: Callable[[], float] = lambda: 0.0  # noqa: E731
-
-
-def addresses(resolution: Resolution) -> list[int]:
-    return [target.address for target in resolution.targets]
-
-
-def table_with(*rules: Rule) -> ServiceTable:
-    table = ServiceTable()
-    for rule in rules:
-        table.add(rule)
-    return table
-
-
-def number(value: object) -> int:
-    assert isinstance(value, int)
-    return value
-
+from tests.serval_core.tables import (
+    BROADCAST_1,
+    BROADCAST_2,
+    WEB,
+    WEB_BEGIN,
+    WEB_PREFIX,
+    A,
+    B,
+    C,
+    addresses,
+    low,
+    table_with,
+)
 
 # Longest prefix match
 
@@ -250,223 +236,6 @@ def test_remove_takes_a_listener_off_one_prefix() -> None:
     assert target is not None
     table.remove_listener(1)
     assert table.resolve_local(WEB) is None
-
-
-# What is counted
-
-
-def test_packets_and_bytes_are_counted_per_target_per_entry_and_in_total() -> None:
-    table = table_with(Rule.forward(WEB_PREFIX, A), Rule.forward(WEB_PREFIX, B, priority=0))
-    for _ in range(3):
-        table.resolve(WEB, low, packet_bytes=116)
-    table.resolve(WEB, low, exclude={A}, packet_bytes=50)
-    table.resolve(WEB, low, exclude={A, B}, packet_bytes=1000)
-    (entry,) = table.snapshot()
-    assert (entry["packets_resolved"], entry["bytes_resolved"], entry["packets_dropped"]) == (4, 398, 0)
-    targets = entry["targets"]
-    assert isinstance(targets, list)
-    assert [(each["packets_resolved"], each["bytes_resolved"]) for each in targets] == [(3, 348), (1, 50)]
-    assert table.counters == {
-        "packets_resolved": 4,
-        "bytes_resolved": 398,
-        "dropped_no_entry": 0,
-        "dropped_by_rule": 0,
-        "delayed": 0,
-        "all_excluded": 1,
-    }
-
-
-def test_what_a_drop_rule_refused_is_counted_there() -> None:
-    table = table_with(Rule.drop(WEB_PREFIX))
-    table.resolve(WEB, low)
-    table.resolve(WEB, low)
-    (entry,) = table.snapshot()
-    targets = entry["targets"]
-    assert isinstance(targets, list)
-    assert (entry["packets_dropped"], targets[0]["packets_dropped"], entry["packets_resolved"]) == (2, 2, 0)
-
-
-def test_local_resolutions_are_counted() -> None:
-    table = table_with(Rule.demux(WEB_PREFIX, 1))
-    table.resolve_local(WEB, packet_bytes=10)
-    (entry,) = table.snapshot()
-    assert (entry["packets_resolved"], entry["bytes_resolved"]) == (1, 10)
-
-
-@given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.integers(0, 2)), max_size=60), st.integers())
-def test_no_resolution_escapes_the_books(questions: list[tuple[int, int]], seed: int) -> None:
-    table = table_with(
-        Rule.forward(WEB_PREFIX, A, weight=2),
-        Rule.forward(WEB_PREFIX, B),
-        Rule.forward(WEB_PREFIX, C, priority=0),
-    )
-    source = random.Random(seed)
-    for address, times in questions:
-        for _ in range(times):
-            table.resolve(WEB, source.random, exclude={address})
-    (entry,) = table.snapshot()
-    targets = entry["targets"]
-    assert isinstance(targets, list)
-    asked = sum(times for _, times in questions)
-    assert sum(each["packets_resolved"] for each in targets) == number(entry["packets_resolved"]) == asked
-
-
-def test_snapshot_is_plain_and_readable() -> None:
-    table = table_with(Rule.demux(WEB_PREFIX, 3), Rule.forward(ServicePrefix.of(WEB, 24), A, weight=5))
-    table.replace_broadcast_rules([Rule.broadcast_on(BROADCAST_1, 2)])
-    rows = json.loads(json.dumps(table.snapshot()))
-    assert [row["prefix"] for row in rows] == ["76568", "0x00012b:24", "default"]
-    assert rows[0]["service_id"] == WEB.hex_text
-    assert rows[0]["targets"][0] == {
-        "type": "DEMUX",
-        "priority": 32000,
-        "weight": 1024,
-        "address": None,
-        "interface_index": None,
-        "listener_id": 3,
-        "broadcast": False,
-        "origin": "bound",
-        "idle_timeout_s": None,
-        "hard_timeout_s": None,
-        "down": None,
-        "packets_resolved": 0,
-        "bytes_resolved": 0,
-        "packets_dropped": 0,
-    }
-    assert rows[1]["targets"][0]["address"] == "10.0.0.1"
-    assert rows[2]["targets"][0]["broadcast"] is True
-
-
-# What is refused, and how it is said
-
-
-@pytest.mark.parametrize(
-    ("rule", "sentence"),
-    [
-        (
-            Rule.forward(WEB_PREFIX, 0),
-            "the FORWARD rule for 76568 has no address: give that of an instance or service router",
-        ),
-        (
-            Rule(WEB_PREFIX, RuleType.DROP, address=A),
-            "the DROP rule for 76568 has an address or interface, which only FORWARD rules have",
-        ),
-        (
-            Rule(WEB_PREFIX, RuleType.DEMUX, interface_index=2, listener_id=1),
-            "the DEMUX rule for 76568 has an address or interface, which only FORWARD rules have",
-        ),
-        (
-            Rule.demux(WEB_PREFIX, 0),
-            "the DEMUX rule for 76568 names no listener: DEMUX rules are made by listening",
-        ),
-        (
-            Rule(WEB_PREFIX, RuleType.FORWARD, address=A, listener_id=1),
-            "the FORWARD rule for 76568 names a listener, which only DEMUX rules do",
-        ),
-        (
-            Rule(WEB_PREFIX, RuleType.DROP, broadcast=True),
-            "the DROP rule for 76568 is a broadcast rule, which only FORWARD rules can be",
-        ),
-        (
-            Rule.broadcast_on(BROADCAST_1, 2),
-            "broadcast rules are set together, with replace_broadcast_rules",
-        ),
-        (
-            Rule.demux(DEFAULT_PREFIX, 1),
-            "nothing can listen on the default service: give the serviceID that is served",
-        ),
-        (
-            Rule.forward(ServicePrefix(DEFAULT_SERVICE, 32), A),
-            "a prefix of 32 zero bits cannot be used: the default rule has 0 bits",
-        ),
-        (
-            Rule.forward(ServicePrefix(WEB, 8), A),
-            "bits beyond the first 8 are set: make prefixes with ServicePrefix.of",
-        ),
-        (
-            Rule.forward(WEB_PREFIX, A, weight=0),
-            "the rule for 76568 has weight 0; only 1 to 4294967295 are possible: "
-            "remove the rule to take an instance out",
-        ),
-        (
-            Rule.forward(WEB_PREFIX, A, priority=-1),
-            "the rule for 76568 has priority -1; only 0 to 4294967295 are possible",
-        ),
-        (
-            Rule.forward(WEB_PREFIX, 1 << 32),
-            "the rule for 76568 has address 4294967296, which has not 32 bits",
-        ),
-        (
-            Rule.forward(WEB_PREFIX, A, interface_index=-1),
-            "the rule for 76568 has a negative interface index or listener number",
-        ),
-    ],
-)
-def test_senseless_rules_are_refused(rule: Rule, sentence: str) -> None:
-    table = ServiceTable()
-    with pytest.raises(OurMistake) as caught:
-        table.add(rule)
-    assert str(caught.value) == sentence
-    assert table.snapshot() == []
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "sentence"),
-    [
-        (
-            Rule.forward(WEB_PREFIX, A, priority=2, weight=3),
-            Rule.forward(WEB_PREFIX, A),
-            "76568 already has a FORWARD rule to 10.0.0.1 (priority 2, weight 3): "
-            "remove it first to change it",
-        ),
-        (
-            Rule.demux(WEB_PREFIX, 1),
-            Rule.demux(WEB_PREFIX, 2, priority=1),
-            "76568 is already being listened on (listener 1)",
-        ),
-        (
-            Rule.forward(WEB_PREFIX, A),
-            Rule.drop(WEB_PREFIX, priority=1),
-            "76568 already has a FORWARD rule to 10.0.0.1 at priority 1, and a DROP rule shares its "
-            "priority with no other: give another priority or remove that one",
-        ),
-        (
-            Rule.drop(WEB_PREFIX),
-            Rule.demux(WEB_PREFIX, 2),
-            "76568 already has a DROP rule at priority 32000, and a DROP rule shares its priority "
-            "with no other: give another priority or remove that one",
-        ),
-        (
-            Rule.drop(WEB_PREFIX),
-            Rule.drop(WEB_PREFIX),
-            "76568 already has a DROP rule at priority 32000, and a DROP rule shares its priority "
-            "with no other: give another priority or remove that one",
-        ),
-    ],
-)
-def test_contradictions_are_refused(first: Rule, second: Rule, sentence: str) -> None:
-    table = table_with(first)
-    before = table.snapshot()
-    with pytest.raises(OurMistake) as caught:
-        table.add(second)
-    assert str(caught.value) == sentence
-    assert table.snapshot() == before
-
-
-def test_removing_what_is_not_there_says_what_is() -> None:
-    table = table_with(Rule.forward(WEB_PREFIX, A), Rule.demux(WEB_PREFIX, 4))
-    with pytest.raises(OurMistake) as caught:
-        table.remove(WEB_PREFIX, RuleType.FORWARD, B)
-    assert str(caught.value) == (
-        "76568 has no FORWARD rule to 10.0.0.2; it has: DEMUX rule of listener 4, FORWARD rule to 10.0.0.1"
-    )
-    with pytest.raises(OurMistake) as caught:
-        table.remove(WEB_PREFIX, RuleType.DROP)
-    there = "DEMUX rule of listener 4, FORWARD rule to 10.0.0.1"
-    assert str(caught.value) == f"76568 has no DROP rule; it has: {there}"
-    with pytest.raises(OurMistake) as caught:
-        table.remove(ServicePrefix.of(WEB, 24), RuleType.FORWARD, A)
-    assert str(caught.value) == "there is no rule for exactly 0x00012b:24"
 
 
 # Adding and removing in any order
