@@ -23,6 +23,7 @@ BPF_DIRECTORY = Path("serval_core/dataplane/bpf")
 EXTENSIONS: dict[str, list[str]] = {
     "translator.splice_ext": [],
     "serval_core.dataplane.tcp_repair": [],
+    "serval_core.dataplane.forward_batch": [],
     "serval_core.dataplane.packet_socket": [],
     "serval_core.dataplane.bpf_loader": ["bpf"],
 }

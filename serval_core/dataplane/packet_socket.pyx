@@ -3,6 +3,7 @@
 
 Reception: `recvmmsg`, with IP_PKTINFO telling interface and whether the packet was a broadcast. Transmission: whole IPv4 packets
 (IP_HDRINCL); the kernel fills in identification and header checksum. A packet socket on the anchor device injects segments.
+With a `forwarder`, packets for services of other hosts go on from the buffers they were received in (`sendmmsg`).
 """
 
 import socket as python_socket
@@ -13,6 +14,7 @@ from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from serval_core.dataplane.forward_batch cimport BatchForwarder, Onward
 from serval_core.errors import KernelRefused
 
 cdef extern from *:
@@ -48,6 +50,7 @@ cdef extern from "<sys/socket.h>" nogil:
     size_t CMSG_SPACE(size_t length)
     size_t CMSG_LEN(size_t length)
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, void *timeout)
+    int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int MSG_DONTWAIT, MSG_TRUNC
 
@@ -68,6 +71,9 @@ cdef extern from "<netinet/in.h>" nogil:
 DEF BATCH = 64
 DEF PACKET_BYTES = 65536     # a datagram may be as long as IPv4 allows: the kernel has put its fragments together
 DEF CONTROL_BYTES = 64
+DEF HEADROOM = 16            # for what a forwarder inserts
+DEF SLOT_BYTES = PACKET_BYTES + 320    # no power of 2, so that the slots do not compete for the same cache lines
+DEF ROUNDS = 8               # of receiving while there is nothing but packets to forward
 
 PROTOCOL_SAL = 144
 SO_ATTACH_BPF = 50
@@ -80,10 +86,15 @@ cdef class RawSocket:
 
     cdef object socket
     cdef readonly int fd
+    cdef public BatchForwarder forwarder
     cdef char *buffers           # BATCH of them; no page exists before a packet needs it
     cdef char controls[BATCH][CONTROL_BYTES]
     cdef mmsghdr messages[BATCH]
     cdef iovec vectors[BATCH]
+    cdef char onward_controls[BATCH][CONTROL_BYTES]
+    cdef sockaddr_in onward_addresses[BATCH]
+    cdef mmsghdr onward_messages[BATCH]
+    cdef iovec onward_vectors[BATCH]
 
     def __init__(self, int filter_program_fd, int receive_buffer_bytes=8 << 20):
         """Opens with the filter in place, so that nothing unwanted is ever queued. Raises KernelRefused."""
@@ -103,17 +114,18 @@ cdef class RawSocket:
         except OSError as error:
             self.socket.close()
             raise KernelRefused("setsockopt on the raw socket", error.errno, hint) from error
-        self.buffers = <char *>malloc(BATCH * PACKET_BYTES)
+        self.buffers = <char *>malloc(BATCH * SLOT_BYTES)
         if self.buffers is NULL:
             self.socket.close()
             raise MemoryError
         self.fd = self.socket.fileno()
         for i in range(BATCH):
-            self.vectors[i].iov_base = self.buffers + i * PACKET_BYTES
+            self.vectors[i].iov_base = self.buffers + i * SLOT_BYTES + HEADROOM
             self.vectors[i].iov_len = PACKET_BYTES
             memset(&self.messages[i], 0, sizeof(mmsghdr))
             self.messages[i].msg_hdr.msg_iov = &self.vectors[i]
             self.messages[i].msg_hdr.msg_iovlen = 1
+            self.prepare_onward(i)
 
     def __dealloc__(self):
         free(self.buffers)
@@ -121,30 +133,89 @@ cdef class RawSocket:
     def close(self) -> None:
         self.socket.close()
 
+    cdef void prepare_onward(self, int i):
+        """What all messages that go on have in common: a destination address and an interface."""
+        cdef msghdr *message = &self.onward_messages[i].msg_hdr
+        cdef cmsghdr *header
+        memset(&self.onward_messages[i], 0, sizeof(mmsghdr))
+        memset(&self.onward_addresses[i], 0, sizeof(sockaddr_in))
+        memset(self.onward_controls[i], 0, CONTROL_BYTES)
+        self.onward_addresses[i].sin_family = AF_INET
+        message.msg_name = &self.onward_addresses[i]
+        message.msg_namelen = sizeof(sockaddr_in)
+        message.msg_iov = &self.onward_vectors[i]
+        message.msg_iovlen = 1
+        message.msg_control = self.onward_controls[i]
+        message.msg_controllen = CMSG_SPACE(sizeof(in_pktinfo))
+        header = CMSG_FIRSTHDR(message)
+        header.cmsg_level = IPPROTO_IP
+        header.cmsg_type = IP_PKTINFO
+        header.cmsg_len = CMSG_LEN(sizeof(in_pktinfo))
+
     def receive(self) -> list[tuple[bytes, int, bool]]:
-        """Up to 64 packets that wait: (whole IPv4 packet, interface index, was it a broadcast). Empty when none waits."""
-        cdef int count, i
+        """Up to 64 packets that wait: (whole IPv4 packet, interface index, was it a broadcast). Empty when none waits.
+
+        What the forwarder takes is sent on and not among them.
+        """
+        cdef int count, i, onward_count, rounds = ROUNDS
+        cdef BatchForwarder forwarder = self.forwarder
         cdef cmsghdr *control
         cdef in_pktinfo *information
-        for i in range(BATCH):
-            self.messages[i].msg_hdr.msg_control = self.controls[i]
-            self.messages[i].msg_hdr.msg_controllen = CONTROL_BYTES
-        count = recvmmsg(self.fd, self.messages, BATCH, MSG_DONTWAIT, NULL)
-        if count < 0:
-            if errno == EAGAIN or errno == EINTR:
-                return []
-            raise KernelRefused("recvmmsg", errno, "")
+        cdef Onward onward
+        cdef char *packet
         received = []
-        for i in range(count):
-            interface = 0
-            broadcast = False
-            control = CMSG_FIRSTHDR(&self.messages[i].msg_hdr)
-            if control is not NULL and control.cmsg_level == IPPROTO_IP and control.cmsg_type == IP_PKTINFO:
-                information = <in_pktinfo *>CMSG_DATA(control)
-                interface = information.ipi_ifindex
-                broadcast = information.ipi_spec_dst.s_addr != information.ipi_addr.s_addr
-            received.append((PyBytes_FromStringAndSize(self.buffers + i * PACKET_BYTES, self.messages[i].msg_len), interface, broadcast))
+        while rounds:
+            rounds -= 1
+            for i in range(BATCH):
+                self.messages[i].msg_hdr.msg_control = self.controls[i]
+                self.messages[i].msg_hdr.msg_controllen = CONTROL_BYTES
+            count = recvmmsg(self.fd, self.messages, BATCH, MSG_DONTWAIT, NULL)
+            if count < 0:
+                if errno == EAGAIN or errno == EINTR:
+                    return received
+                raise KernelRefused("recvmmsg", errno, "")
+            onward_count = 0
+            for i in range(count):
+                packet = self.buffers + i * SLOT_BYTES + HEADROOM
+                interface = 0
+                broadcast = False
+                control = CMSG_FIRSTHDR(&self.messages[i].msg_hdr)
+                if control is not NULL and control.cmsg_level == IPPROTO_IP and control.cmsg_type == IP_PKTINFO:
+                    information = <in_pktinfo *>CMSG_DATA(control)
+                    interface = information.ipi_ifindex
+                    broadcast = information.ipi_spec_dst.s_addr != information.ipi_addr.s_addr
+                if forwarder is not None and not broadcast and forwarder.rewrite(
+                    <unsigned char *>packet, self.messages[i].msg_len, &onward
+                ):
+                    self.put_onward(onward_count, &onward)
+                    onward_count += 1
+                    continue
+                received.append((PyBytes_FromStringAndSize(packet, self.messages[i].msg_len), interface, broadcast))
+            if onward_count:
+                forwarder.send_errors += self.send_onward(onward_count)
+            if count < BATCH or received:
+                break
         return received
+
+    cdef void put_onward(self, int i, Onward *onward) noexcept:
+        cdef in_pktinfo *information = <in_pktinfo *>CMSG_DATA(<cmsghdr *>self.onward_controls[i])
+        self.onward_addresses[i].sin_addr.s_addr = htonl(onward.destination)
+        self.onward_vectors[i].iov_base = onward.start
+        self.onward_vectors[i].iov_len = onward.length
+        information.ipi_ifindex = onward.interface_index
+
+    cdef int send_onward(self, int count) noexcept:
+        """Send what was put; returns how many packets the kernel refused."""
+        cdef int done = 0, sent, refused = 0
+        while done < count:
+            sent = sendmmsg(self.fd, self.onward_messages + done, count - done, MSG_DONTWAIT)
+            if sent < 0:
+                if errno == EINTR:
+                    continue
+                refused += 1
+                sent = 1
+            done += sent
+        return refused
 
     def send(self, bytes packet, uint32_t destination, int interface_index) -> int:
         """Send one IPv4 packet to `destination` (host order), through one interface if the index is not 0. Returns 0 or errno."""

@@ -1,0 +1,18 @@
+from collections.abc import Callable, Set
+
+from serval_core.forwarding_plan import Plan
+from serval_core.names import ServicePrefix
+
+HEADROOM_BYTES: int
+
+class Decision:
+    prefix: ServicePrefix
+    def __init__(self, prefix: ServicePrefix, plan: Plan) -> None: ...
+    def take_counts(self) -> list[tuple[int, int, int]]: ...
+
+class BatchForwarder:
+    packets_forwarded: int
+    send_errors: int
+    def __init__(self, decide: Callable[[bytes], Decision | None], own: Set[int]) -> None: ...
+    def renew(self, own: Set[int]) -> None: ...
+    def forwarded(self, packet: bytes) -> tuple[bytes, int, int] | None: ...
