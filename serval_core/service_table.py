@@ -125,10 +125,8 @@ class ServiceTable:
         """
         if rule_type is RuleType.DEMUX:
             raise OurMistake(f"the DEMUX rule for {prefix} belongs to a listener: close that")
-        entry = self._existing(prefix)
-        target = entry.find(rule_type, address)
-        rule = target.rule(prefix)
-        self._take_out(entry, target)
+        rule = self.rule(prefix, rule_type, address)
+        self.remove(prefix, rule_type, address)
         return rule
 
     def remove_listener(self, listener_id: int) -> None:
@@ -215,6 +213,10 @@ class ServiceTable:
     def bound(self) -> list[ServicePrefix]:
         """The prefixes that something listens on."""
         return [entry.prefix for entry in self._local.values()]
+
+    def rule(self, prefix: ServicePrefix, rule_type: RuleType, address: int = 0) -> Rule:
+        """The rule with exactly this prefix, type and (for FORWARD) address. OurMistake if there is none."""
+        return self._existing(prefix).find(rule_type, address).rule(prefix)
 
     def rules(self) -> Iterator[Rule]:
         """All rules, broadcast and DEMUX rules included. The table must not change meanwhile."""

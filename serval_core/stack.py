@@ -33,6 +33,7 @@ from serval_core.effects import (
     ExpectData,
     FlowEnded,
     ForgetExpected,
+    Happened,
     InjectSegment,
     OpenTransport,
     ResetTransport,
@@ -43,7 +44,10 @@ from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.native_service import NativeService
 from serval_core.rules import Rule
 from serval_core.sal import SalSettings, ServiceAccessLayer
+from serval_core.service_events import ServiceEvents
+from serval_core.service_requests import ServiceRequests
 from serval_core.service_table import ServiceTable
+from serval_core.stack_services import StackServices, report_defect
 from serval_core.stack_socket import StackSocketServer
 from serval_core.unattended import Holder, UnattendedFlows
 
@@ -78,10 +82,12 @@ class ServalStack:
     unattended: UnattendedFlows
     _sal: ServiceAccessLayer
     datagrams: Datagrams
+    services: StackServices
 
     def __init__(self, settings: StackSettings) -> None:
         self.settings = settings
         self.table = ServiceTable()
+        self.events = ServiceEvents(time.time, report_defect)
         self.stack_socket = StackSocketServer()
         self.native = NativeService(self, settings.access)
         self._dataplane = KernelDataPlane(settings.dataplane)
@@ -134,6 +140,10 @@ class ServalStack:
         )
         stack.datagrams = Datagrams(stack._sal, stack._run_effects)
         stack._carry_out |= stack.datagrams.carry_out
+        stack.services = StackServices(
+            stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
+        )
+        stack._carry_out[Happened] = stack.services.happened
         stack._update_broadcast_rules()
         stack.unattended = UnattendedFlows(
             stack._dataplane, stack._sal, stack._take_events, stack._run_effects
@@ -143,7 +153,8 @@ class ServalStack:
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
         stack._loop.add_reader(stack._dataplane.neighbours.fileno(), stack._dataplane.neighbours_changed)
         stack.stack_socket.register("flows", lambda _: stack.flows())
-        stack.stack_socket.register("services", lambda _: stack.table.snapshot())
+        for name, handler in ServiceRequests(stack.services).handlers().items():
+            stack.stack_socket.register(name, handler)
         stack.stack_socket.register("counters", lambda _: stack.counters())
         return stack
 
@@ -160,6 +171,7 @@ class ServalStack:
         self.datagrams.close()
         for connection in list(self._connections.values()):
             self._forget(connection)
+        self.services.close()
         self._loop.remove_reader(self._dataplane.control_fd)
         self._loop.remove_reader(self._dataplane.event_fd)
         self._loop.remove_reader(self._dataplane.monitor.fileno())
@@ -213,11 +225,24 @@ class ServalStack:
                 flow.update(pid=holder.pid, uid=holder.uid)
         return listed
 
+    def bound_services(self) -> list[ServicePrefix]:
+        """The prefixes that something listens on here."""
+        return self.table.bound()
+
+    def release_delayed(self, prefix: ServicePrefix) -> int:
+        """Resolve anew all that DELAY rules hold for services under `prefix`; returns how many those were."""
+        return self.services.release_delayed(prefix)
+
+    def drop_delayed(self, prefix: ServicePrefix, reason: str) -> int:
+        """Give that up instead; programs are told `reason`."""
+        return self.services.drop_delayed(prefix, reason)
+
     def counters(self) -> dict[str, int]:
         """Counters of the SAL (drops by reason …) and of the data plane."""
         return {
             **self._sal.counters,
             **{f"table_{name}": count for name, count in self.table.counters.items()},
+            **{f"delay_{name}": count for name, count in self.services.delay_counters().items()},
             **{f"stack_socket_{name}": count for name, count in self.stack_socket.counters.items()},
             **self._dataplane.counters(),
             **{
@@ -361,6 +386,7 @@ class ServalStack:
         code = self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
         if code:
             self._send_errors[code] = self._send_errors.get(code, 0) + 1
+            self.services.send_failed(effect.packet, code)
 
     def _open_transport(self, effect: OpenTransport) -> None:
         try:
@@ -435,6 +461,7 @@ class ServalStack:
             connection.abort()
             return
         connection.service_id = pending.service_id
+        self.services.flow_opened(connection, "active")
         pending.on_connected(connection)
 
     def _connect_failed(self, effect: ConnectFailed) -> None:
@@ -450,6 +477,7 @@ class ServalStack:
         if listener is None or not listener.holds_backlog:
             self._sal.accepted_taken(effect.flow_id)
         connection.service_id = effect.service_id
+        self.services.flow_opened(connection, "passive")
         if listener is None:
             connection.abort()
         else:
@@ -463,6 +491,7 @@ class ServalStack:
                 pending.on_failed(effect.errno, "the kernel refused the transport")
             return
         connection.ended = True
+        self.services.flow_ended(connection, effect.errno)
         if connection.released:
             self._forget(connection)
         elif connection.on_ended is not None:

@@ -33,6 +33,7 @@ from serval_core.dataplane.devices import (
     SEGMENTER,
     Devices,
 )
+from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.dataplane.neighbours import Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.packet_socket import RawSocket
@@ -139,6 +140,7 @@ class KernelDataPlane:
             indexes = self.devices.create()
             self._load(indexes)
             self._raw = RawSocket(self._object.program_fd("serval_control"))
+            self.icmp_errors = IcmpErrors()
             self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self._inject.bind((ANCHOR_OUTER, 0))
             self.monitor = ChangeMonitor()
@@ -176,6 +178,7 @@ class KernelDataPlane:
         self.neighbours.close()
         self._inject.close()
         self._raw.close()
+        self.icmp_errors.close()
         self.paths.close()
         self.devices.remove()
         self._netlink.close()
