@@ -1,6 +1,7 @@
 """The hosts that the whole system is tested on, and the proof that nothing stays behind.
 
 `chain`: four in a row, for unmodified programs. `pair`: two, for the translator's own behaviour.
+`wire`: two, our stack on one and a prototype on the other.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from playing import OUR_SERVICE
+from prototype_wire import OURS, QUICK, THEIRS, Wire, assert_idle
 from through_chain import PORTS, RAW, settled_holdings, wait_for_holdings
 from translator_pair import Pair
 
 from lab.chain import Chain, kernel_traces
 from lab.hosts import Lab
+from tests.serval_core.stack_thread import StackThread
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +65,20 @@ def pair(two_hosts: Pair) -> Iterator[Pair]:
     """Two hosts on which the test starts translators; afterwards they are ended and must have removed their traces."""
     yield two_hosts
     two_hosts.end()
+
+
+@pytest.fixture(scope="module")
+def shared_wire(root: None) -> Iterator[Wire]:
+    """Our stack and a prototype's host, made once for all tests of a module."""
+    with Lab() as lab:
+        ours, theirs = lab.host("ours"), lab.host("theirs")
+        lab.connect(ours, f"{OURS}/24", theirs, f"{THEIRS}/24")
+        with StackThread(ours, sal=QUICK) as stack:
+            yield Wire(stack, stack.listen(str(OUR_SERVICE)), ours, theirs)
+
+
+@pytest.fixture
+def wire(shared_wire: Wire) -> Iterator[Wire]:
+    """The wire, and the proof that a test left nothing in the stack: no flow, no socket, no map entry."""
+    yield shared_wire
+    assert_idle(shared_wire.stack)

@@ -1,142 +1,39 @@
-"""Does the stack on the real kernel understand the prototype, and the prototype it, in both roles and on bad wires?
-
-One host runs our stack, the other a prototype played by scapy on a raw socket, which sees checksums left to
-hardware and segments left to be cut. It counts what our side does wrong: `finished()` wants that to be nothing.
-"""
+"""Does the stack on the real kernel understand the prototype, and the prototype it, in both roles?"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
-from odd_prototypes import ImpatientFlow, OddClient, OddServer, SalFinFlow, SalRouter
+from odd_prototypes import SalRouter
 from playing import (
-    NOBODYS_SERVICE,
     OUR_SERVICE,
     THEIR_SERVICE,
-    Kind,
-    LoseFirst,
     Playing,
     Tap,
-    is_acknowledgement,
-    is_fin,
-    is_reset,
-    is_syn,
     is_syn_ack,
-    is_tcp_fin,
     options,
     random_data,
 )
+from prototype_wire import (
+    EVERYBODY,
+    MEGABYTE,
+    OURS,
+    QUICK,
+    THEIRS,
+    Wire,
+    assert_idle,
+    exchange_as_client,
+    exchange_as_server,
+    sha256,
+)
 
-from lab.hosts import Host, Lab
-from lab.loss import Faults, FaultyWire
-from lab.waiting import wait_for
+from lab.hosts import Lab
 from lab.wire_counter import WireCounter
-from serval_core.sal_settings import SalSettings
 from serval_core.wire.scapy_layers import IP, SAL, SALSource
-from tests.peers.application import Behaviour, PeerResult
-from tests.peers.prototype import PrototypeClient, PrototypeServer
-from tests.peers.prototype_flow import Flow
-from tests.peers.prototype_peer import Options, Peer
-from tests.peers.raw_wire import Direction
-from tests.serval_core.stack_thread import Accepting, StackThread, Stream, send_in_background
-
-OURS, THEIRS, EVERYBODY = "10.1.0.1", "10.1.0.2", "10.1.0.255"
-QUICK = SalSettings(connect_timeout_s=8.0, time_wait_s=0.2, fin_wait2_s=0.5)
-MEGABYTE = 1 << 20
-
-End = Callable[[Stream], None]
-
-
-class Wire(NamedTuple):
-    """Our host with its stack and a listener, and the prototype's host."""
-
-    stack: StackThread
-    listener: Accepting
-    ours: Host
-    theirs: Host
-
-    def client(self, behaviour: Behaviour, how: Options, destination: str = OURS) -> PrototypeClient:
-        return PrototypeClient(OUR_SERVICE, destination, behaviour, how)
-
-
-@pytest.fixture(scope="module")
-def shared_wire(root: None) -> Iterator[Wire]:
-    with Lab() as lab:
-        ours, theirs = lab.host("ours"), lab.host("theirs")
-        lab.connect(ours, f"{OURS}/24", theirs, f"{THEIRS}/24")
-        with StackThread(ours, sal=QUICK) as stack:
-            yield Wire(stack, stack.listen(str(OUR_SERVICE)), ours, theirs)
-
-
-@pytest.fixture
-def wire(shared_wire: Wire) -> Iterator[Wire]:
-    """The wire, and the proof that a test left nothing in the stack: no flow, no socket, no map entry."""
-    yield shared_wire
-    assert_idle(shared_wire.stack)
-
-
-def assert_idle(stack: StackThread) -> None:
-    def busy() -> list[object]:
-        counters = stack.counters()
-        left = {name: counters[name] for name in ("open_transports", "flow_map_entries") if counters[name]}
-        return [*stack.flows(), left] if left or stack.flows() else []
-
-    wait_for(lambda: not busy(), "the stack to be idle")
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def echo(stream: Stream) -> None:
-    """What comes goes back; ends when the peer does."""
-    while data := stream.socket.recv(1 << 16):
-        stream.socket.sendall(data)
-
-
-def serve(stream: Stream, how: End) -> threading.Thread:
-    """Do something with a stream in the background, then release it."""
-
-    def run() -> None:
-        how(stream)
-        stream.release()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
-
-def exchange_as_server(wire: Wire, peer: Peer, data: bytes) -> PeerResult:
-    """A prototype client, which sends `data`, is served by our echo."""
-    playing = Playing(wire.theirs, peer)
-    server = serve(wire.listener.accept(), echo)
-    result = playing.finished()
-    server.join(20)
-    (flow,) = result.flows
-    assert (flow.received_bytes, flow.received_sha256) == (len(data), sha256(data))
-    end = (flow.state, flow.error, flow.end_of_stream)
-    assert end == ("TIMEWAIT", "", True), "\n".join(result.log[-60:])
-    return result
-
-
-def exchange_as_client(wire: Wire, peer: Peer, size_bytes: int, destination: str = "") -> PeerResult:
-    """Our client sends to a prototype that echoes."""
-    playing = Playing(wire.theirs, peer)
-    stream = wire.stack.connect(str(THEIR_SERVICE), destination)
-    sent = send_in_background(stream, size_bytes)
-    received = stream.receive_all()
-    stream.release()
-    result = playing.finished()
-    assert received == sent() == result.flows[0].received_sha256
-    assert (result.flows[0].received_bytes, result.flows[0].error) == (size_bytes, "")
-    assert (result.flows[0].state, result.flows[0].end_of_stream) == ("CLOSED", True)
-    return result
-
+from tests.peers.application import Behaviour
+from tests.peers.prototype import PrototypeServer
+from tests.serval_core.stack_thread import StackThread, Stream, send_in_background
 
 # Data.
 
@@ -218,181 +115,6 @@ def test_twenty_connections_at_once_are_kept_apart(wire: Wire) -> None:
     result = playing.finished()
     assert sorted(flow.received_sha256 for flow in result.flows) == sorted(received)
     assert len(received) == 20
-
-
-# Bad wires.
-
-
-@pytest.mark.parametrize("role", ["client", "server"])
-@pytest.mark.parametrize(
-    "faults",
-    [
-        pytest.param(Faults(drop=0.02, protocol=144), id="loss"),
-        pytest.param(Faults(duplicate=0.1, reorder=0.1, protocol=144), id="duplicates-and-disorder"),
-        pytest.param(Faults(duplicate=1.0, protocol=144), id="everything-twice"),
-    ],
-)
-def test_an_echo_over_a_bad_wire(lab: Lab, role: str, faults: Faults) -> None:
-    """`role` is the prototype's."""
-    ours, theirs = lab.host("ours"), lab.host("theirs")
-    ends = (ours, f"{OURS}/24", theirs, f"{THEIRS}/24")
-    with (
-        FaultyWire(lab, *ends, seed=4, left_to_right=faults, right_to_left=faults) as bad,
-        StackThread(ours, sal=QUICK) as stack,
-    ):
-        wire = Wire(stack, stack.listen(str(OUR_SERVICE)), ours, theirs)
-        data = random_data(300_000)
-        if role == "client":
-            behaviour = Behaviour(data, close_when="received", expected_bytes=len(data))
-            exchange_as_server(wire, wire.client(behaviour, options()), data)
-        else:
-            exchange_as_client(wire, PrototypeServer(THEIR_SERVICE, Behaviour(echo=True), options()), len(data))
-        assert_idle(stack)
-        for direction in (bad.left_to_right, bad.right_to_left):
-            assert (direction.dropped > 0) == (faults.drop > 0)
-            assert (direction.duplicated + direction.reordered > 0) == (faults.duplicate > 0)
-
-
-LOSSES_OF_A_CLIENT: dict[str, tuple[Direction, Kind]] = {
-    "its SYN": ("sent", is_syn),
-    "our SYN-ACK": ("received", is_syn_ack),
-    "its handshake ACK": ("sent", is_acknowledgement),
-    "its TCP FIN": ("sent", is_tcp_fin),
-    "its SAL FIN": ("sent", is_fin),
-    "our ACK of its SAL FIN": ("received", is_acknowledgement),
-    "our TCP FIN": ("received", is_tcp_fin),
-    "our SAL FIN": ("received", is_fin),
-}
-
-
-@pytest.mark.parametrize("lost", LOSSES_OF_A_CLIENT)
-def test_a_prototype_client_whose_wire_loses(wire: Wire, lost: str) -> None:
-    lose = LoseFirst(*LOSSES_OF_A_CLIENT[lost])
-    data = random_data(20_000)
-    behaviour = Behaviour(data, close_when="received", expected_bytes=len(data))
-    exchange_as_server(wire, wire.client(behaviour, options(lose)), data)
-    assert lose.lost == 1
-
-
-def test_a_prototype_client_that_only_listens_survives_a_lost_handshake_ack(wire: Wire) -> None:
-    """It sends no data that could complete the handshake: our SYN-ACK is repeated, it answers with a bare SAL ACK."""
-    lose = LoseFirst("sent", is_acknowledgement)
-    playing = Playing(wire.theirs, wire.client(Behaviour(), options(lose)))
-    stream = wire.listener.accept()
-    sent = stream.send_random(50_000)
-    stream.receive_all()
-    stream.release()
-    (flow,) = playing.finished().flows
-    assert lose.lost == 1
-    assert flow.counters["stale_control_packets"] >= 1
-    assert flow.received_sha256 == sent
-
-
-LOSSES_OF_A_SERVER: dict[str, tuple[Direction, Kind]] = {
-    "our SYN": ("received", is_syn),
-    "its SYN-ACK": ("sent", is_syn_ack),
-    "our handshake ACK": ("received", is_acknowledgement),
-    "our TCP FIN": ("received", is_tcp_fin),
-    "our SAL FIN": ("received", is_fin),
-    "its ACK of our SAL FIN": ("sent", is_acknowledgement),
-    "its TCP FIN": ("sent", is_tcp_fin),
-    "its SAL FIN": ("sent", is_fin),
-}
-
-
-@pytest.mark.parametrize("lost", LOSSES_OF_A_SERVER)
-def test_a_prototype_server_whose_wire_loses(wire: Wire, lost: str) -> None:
-    lose = LoseFirst(*LOSSES_OF_A_SERVER[lost])
-    exchange_as_client(wire, PrototypeServer(THEIR_SERVICE, Behaviour(echo=True), options(lose)), 20_000)
-    assert lose.lost == 1
-
-
-def test_a_prototype_server_that_speaks_first_survives_a_lost_handshake_ack(wire: Wire) -> None:
-    """Its handshake never completes by itself; our ACK is repeated, SERVICE included, though nobody asks for it."""
-    lose = LoseFirst("received", is_acknowledgement, how_many=2)
-    data = random_data(50_000)
-    behaviour = Behaviour(data, close_when="acknowledged")
-    playing = Playing(wire.theirs, PrototypeServer(THEIR_SERVICE, behaviour, options(lose)))
-    stream = wire.stack.connect(str(THEIR_SERVICE))
-    assert stream.receive_all() == sha256(data)
-    stream.release()
-    playing.finished()
-    assert lose.lost == 2
-
-
-# Ends.
-
-
-def played_as(role: str, flow_class: type[Flow], behaviour: Behaviour) -> Peer:
-    if role == "client":
-        return OddClient(flow_class, OUR_SERVICE, OURS, behaviour, options())
-    return OddServer(flow_class, THEIR_SERVICE, behaviour, options())
-
-
-def stream_to(wire: Wire, role: str) -> Stream:
-    """Our end of the flow to a prototype in this role."""
-    return wire.listener.accept() if role == "client" else wire.stack.connect(str(THEIR_SERVICE))
-
-
-@pytest.mark.parametrize("role", ["client", "server"])
-@pytest.mark.parametrize("flow_class", [SalFinFlow, ImpatientFlow])
-def test_an_end_of_stream_that_does_not_wait_for_tcp(
-    wire: Wire, role: str, flow_class: type[Flow]
-) -> None:
-    """A SAL FIN without a TCP FIN, or right behind one, reaches our reader as the end, after all data."""
-    data = random_data(100_000)
-    playing = Playing(wire.theirs, played_as(role, flow_class, Behaviour(data, close_when="acknowledged")))
-    stream = stream_to(wire, role)
-    assert stream.receive_all() == sha256(data)
-    stream.release()
-    (flow,) = playing.finished().flows
-    assert (flow.state, flow.error, flow.end_of_stream) == ("TIMEWAIT", "", True)
-
-
-def send_for_ever(stream: Stream) -> None:
-    while True:
-        stream.socket.sendall(bytes(10_000))
-
-
-@pytest.mark.parametrize("role", ["client", "server"])
-def test_a_prototype_that_closes_with_unread_data_resets_us(wire: Wire, role: str) -> None:
-    behaviour = Behaviour(stop_reading_at=1000)
-    peer: Peer = wire.client(behaviour, options())
-    if role == "server":
-        peer = PrototypeServer(THEIR_SERVICE, behaviour, options())
-    playing = Playing(wire.theirs, peer)
-    stream = stream_to(wire, role)
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):
-        send_for_ever(stream)
-    assert stream.ended.get(timeout=10) == errno.ECONNRESET
-    stream.release()
-    assert playing.finished().flows[0].counters["resets_sent"] == 1
-
-
-@pytest.mark.parametrize("role", ["client", "server"])
-def test_our_abort_resets_a_prototype(wire: Wire, role: str) -> None:
-    tap = Tap()
-    peer: Peer = wire.client(Behaviour(), options(tap))
-    if role == "server":
-        peer = PrototypeServer(THEIR_SERVICE, Behaviour(), options(tap))
-    playing = Playing(wire.theirs, peer)
-    stream_to(wire, role).abort()
-    (flow,) = playing.finished().flows
-    assert (flow.state, flow.error) == ("CLOSED", "ECONNRESET")
-    assert tap.first("received", is_reset)[SAL].src_flowid == flow.peer_flow_id
-
-
-def test_an_unknown_service_is_silence(wire: Wire) -> None:
-    """As the prototype has it: no RST, so that its client goes on asking."""
-    tap = Tap()
-    client = PrototypeClient(NOBODYS_SERVICE, OURS, Behaviour(), options(tap, timeout_s=1.0))
-    before = wire.stack.counters().get("dropped_no_listener", 0)
-    result = Playing(wire.theirs, client).result()
-    assert result.timed_out
-    (flow,) = result.flows
-    received = [packet for way, packet in tap.packets if way == "received"]
-    assert [packet for packet in received if packet[SAL].dst_flowid == flow.flow_id] == []
-    assert wire.stack.counters()["dropped_no_listener"] == before + result.counters["sent"]
 
 
 # Size.
