@@ -11,12 +11,12 @@ from errno import ECONNABORTED
 from serval_core import handshake
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
-from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment
+from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment, SendPacket
 from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, Listener, SynKey
 from serval_core.names import FlowID, ServicePrefix
 from serval_core.paths import Path
-from serval_core.reset import resets_flow
+from serval_core.reset import answer_with_reset, resets_flow
 from serval_core.retransmission import backed_off_s
 from serval_core.rules import Rule
 from serval_core.states import Action, Event, State
@@ -92,6 +92,7 @@ class PassiveOpen:
         target = core.table.resolve_local(sal.services[0], len(sal.transport))
         listener = None if target is None else self._listeners.get(target.listener_id)
         if listener is None:
+            self._refuse(ip, sal, interface_index, broadcast)
             raise TheirMistake("no_listener")
         if listener.waiting >= listener.backlog:
             raise TheirMistake("backlog_full")
@@ -125,6 +126,19 @@ class PassiveOpen:
         core.flows.half_open += 1
         core.restart_lifetime(flow, now + core.settings.request_expiry_s, self._expire)
         core.step(flow, Event.SYN_RECEIVED, now)
+
+    def _refuse(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
+        """Tell a client of ours that it had better ask another instance, if settings say so.
+
+        A prototype would give up where it might have found another instance by asking again.
+        """
+        core = self._core
+        if broadcast or not core.settings.refuse_unknown_services:
+            return
+        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+        if segment.options.capabilities is not None:
+            core.effects.append(SendPacket(answer_with_reset(ip, sal), ip.source, interface_index))
+            core.counters["resets_answered"] += 1
 
     def receive(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Process a packet for a flow in RESPOND. Raises TheirMistake."""

@@ -22,6 +22,9 @@ class SalSettings:
     target_silences: int = 2  # unanswered SYNs in a row after which a target counts as down (`liveness`)
     target_down_s: float = 2.0  # doubles as long as the target does not answer in between
     target_down_max_s: float = 30.0
+    # Answer SYNs for services that nobody here listens on, so that clients of ours ask another instance at once.
+    # Without, they ask again for as long as they wait, and so get over the restart of an only instance.
+    refuse_unknown_services: bool = False
     delay_limit: int = 1024  # parked by DELAY rules, of the whole stack (SPEC 6.8)
     delay_timeout_s: float = 5.0
     synack_timeout_s: float = 0.3  # doubles; how often it is repeated follows from request_expiry_s

@@ -42,12 +42,14 @@ class StackServices:
         self._icmp_errors = icmp_errors
         self._run_effects = run_effects
         self._loop = asyncio.get_running_loop()
+        self._closed = False
         self._forget_table = table.on_change(self._table_changed)
         table.on_hit = RuleHits(events, time.monotonic)
         self._loop.add_reader(icmp_errors.fileno(), self._icmp_errors_wait)
 
     def close(self) -> None:
         """No more events."""
+        self._closed = True
         self._loop.remove_reader(self._icmp_errors.fileno())
         self._forget_table()
         self.table.on_hit = None
@@ -59,13 +61,13 @@ class StackServices:
     def release_delayed(self, prefix: ServicePrefix) -> int:
         """Resolve anew all that DELAY rules hold for services under `prefix`; returns how many those were."""
         released = self._sal.release_delayed(prefix, time.monotonic())
-        self._loop.call_soon(self._run_effects)
+        self._soon()
         return released
 
     def drop_delayed(self, prefix: ServicePrefix, reason: str) -> int:
         """Give it up; returns how many those were. `reason` is told to programs and operators."""
         dropped = self._sal.drop_delayed(prefix, time.monotonic(), reason)
-        self._loop.call_soon(self._run_effects)
+        self._soon()
         return dropped
 
     def delayed_services(self) -> dict[str, int]:
@@ -104,6 +106,10 @@ class StackServices:
         if code not in (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM):
             self._sal.send_failed(packet, code, time.monotonic())
 
+    def _soon(self) -> None:
+        """Effects are carried out after whatever is going on."""
+        self._loop.call_soon(lambda: None if self._closed else self._run_effects())
+
     def _icmp_errors_wait(self) -> None:
         now = time.monotonic()
         for quoted, code in self._icmp_errors.take():
@@ -118,7 +124,7 @@ class StackServices:
         if events.wanted(kind):
             events.publish(kind, **_rule_fields(rule))
         if rule.idle_timeout_s or rule.hard_timeout_s or kind == "target_down":
-            self._loop.call_soon(self._run_effects)  # something new has an end: the stack's timer has to know
+            self._soon()  # something new has an end: the stack's timer has to know
 
 
 def report_defect(error: Exception) -> None:
