@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from errno import ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT
 
-from serval_core import handshake
+from serval_core import handshake, transport_part
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
 from serval_core.effects import Connected, ConnectFailed, SendPacket
@@ -20,9 +20,9 @@ from serval_core.names import FlowID, ServiceID, format_address
 from serval_core.reset import resets_request
 from serval_core.retransmission import backed_off_s
 from serval_core.states import Action, Event
-from serval_core.wire import ipv4, tcp_segment
+from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
+from serval_core.wire.sal import ACK, PROTOCOL_SAL, RST, SYN, SalPacket, emit_control
 
 # When the handshake ACK is repeated to a prototype: it never repeats its SYN-ACK, so a lost ACK would leave
 # the connection hanging for ever (SPEC 11.1, quirk 10). Its request expires after 3 s.
@@ -50,11 +50,12 @@ class ActiveOpen:
             }
         )
 
-    def connect(self, service_id: ServiceID, advisory_address: int, now: float) -> FlowID:
-        """Begin to open a connection to `service_id`, at `advisory_address` unless that is 0."""
+    def connect(self, service_id: ServiceID, advisory_address: int, protocol: int, now: float) -> FlowID:
+        """Begin to open a TCP or UDP connection to `service_id`, at `advisory_address` unless that is 0."""
         core = self._core
         flow_id = core.flows.new_flow_id(core.random.getrandbits)
         flow = Flow(flow_id, service_id, core.random.getrandbits(192), now)
+        flow.protocol = protocol
         flow.advisory_address = advisory_address
         flow.search = Search()
         choice = self._failover.choose(flow, flow.search, now)
@@ -101,10 +102,8 @@ class ActiveOpen:
         peer_address = sal.source_addresses[-1] if sal.source_addresses else ip.source
         if broadcast or not is_unicast(peer_address):
             raise TheirMistake("not_unicast")
-        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
         # The SYN goes on being repeated after a refused SYN-ACK, where the prototype gets stuck (quirk 14).
-        if not handshake.syn_ack_is_acceptable(flow, segment):
-            raise TheirMistake("handshake_segment")
+        segment = transport_part.read_syn_ack(flow, ip, sal)
         paths = self._core.paths
         path = paths.path_to(peer_address, interface_index) or paths.path_to(peer_address)
         if path is None:
@@ -188,20 +187,19 @@ class ActiveOpen:
             flow.offered_mss_bytes = handshake.mss_to_offer(
                 min(way.path.mtu_bytes for way in flow.ways), settings.mss_cap
             )
-            segment = handshake.syn_segment(flow, settings, flow.first_sent_at)
             for destination, path in flow.ways:
                 source = path.source_address
                 payload = emit_control(
                     flow.flow_id,
                     0,
-                    PROTOCOL_TCP,
+                    flow.protocol,
                     SYN,
                     flow.initial_verno,
                     0,
                     flow.local_nonce,
                     flow.service_id,
                     (),
-                    tcp_segment.emit(segment, source, destination),
+                    transport_part.of_syn(flow, settings, source, destination),
                 )
                 packet = ipv4.emit(source, destination, PROTOCOL_SAL, payload)
                 core.effects.append(SendPacket(packet, destination, path.interface_index))
@@ -275,13 +273,12 @@ class ActiveOpen:
 
     def _send_handshake_ack(self, flow: Flow, now: float) -> None:
         core = self._core
-        segment = handshake.ack_segment(flow, core.settings, now)
         core.send_control(
             flow,
             ACK,
             flow.send_next,
             flow.service_id,
-            transport=tcp_segment.emit(segment, flow.local_address, flow.peer_address),
+            transport=transport_part.of_handshake_ack(flow, core.settings, now),
         )
         # Ours repeats its SYN-ACK; and whoever has our ACK is left alone once that shows (close.receive).
         if flow.options.capabilities is None and flow.retransmissions < len(_ACK_REPEAT_GAPS_S):

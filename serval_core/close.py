@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from errno import ECONNRESET, EPIPE, ETIMEDOUT
 
+from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.core import Core
 from serval_core.effects import (
     CloseTransport,
     EndOfStream,
+    ForgetExpected,
     InjectSegment,
+    OpenDatagrams,
     OpenTransport,
     ResetTransport,
     SendPacket,
@@ -29,7 +32,7 @@ from serval_core.sent_resets import SentResets
 from serval_core.states import Action, Event, State
 from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, FIN, PROTOCOL_TCP, RST, RSYN, SYN, Control, SalPacket
+from serval_core.wire.sal import ACK, FIN, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, Control, SalPacket
 
 _SERIAL_MASK = 0xFFFFFFFF
 
@@ -37,10 +40,11 @@ _SERIAL_MASK = 0xFFFFFFFF
 class Close:
     """Processes what happens to flows after their handshake, and ends them."""
 
-    __slots__ = ("_core", "_sent_resets")
+    __slots__ = ("_core", "_datagrams", "_sent_resets")
 
-    def __init__(self, core: Core, sent_resets: SentResets) -> None:
+    def __init__(self, core: Core, sent_resets: SentResets, datagrams: ConnectedDatagrams) -> None:
         self._core = core
+        self._datagrams = datagrams
         self._sent_resets = sent_resets
         core.register(
             {
@@ -71,6 +75,8 @@ class Close:
         if not flow.released:
             flow.released = True
             self._core.leave_backlog(flow)
+            if flow.protocol == PROTOCOL_UDP and flow.state in (State.CONNECTED, State.CLOSEWAIT):
+                self._core.step(flow, Event.TCP_FIN_ACKNOWLEDGED, now)  # nothing else is to come before the FIN
             self._core.step(flow, Event.RELEASE, now)
 
     def unattend(self, flow: Flow, now: float) -> None:
@@ -92,12 +98,15 @@ class Close:
     def receive(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Process a packet for a flow whose handshake is over. Raises TheirMistake."""
         control = sal.control
+        if control is None and flow.protocol == PROTOCOL_UDP:
+            self._datagrams.receive(flow, ip, sal, now)
+            return
         if control is None:
             # Data that was on its way up while the transport was being opened, or that came in fragments.
             if sal.src_flow_id != flow.peer_flow_id:
                 raise TheirMistake("wrong_peer_flow")
             if sal.protocol != PROTOCOL_TCP:
-                raise TheirMistake("not_tcp")
+                raise TheirMistake("wrong_protocol")
             if len(sal.transport) < tcp_segment.HEADER_BYTES:
                 raise TheirMistake(tcp_segment.TRUNCATED)
             self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
@@ -177,6 +186,11 @@ class Close:
     def _open_transport(self, flow: Flow, now: float) -> None:
         core = self._core
         core.stop_timers(flow, now)
+        if flow.protocol == PROTOCOL_UDP:
+            core.effects.append(
+                OpenDatagrams(flow.flow_id, flow.local_address, flow.peer_address, flow.interface_index)
+            )
+            return
         core.effects.append(
             OpenTransport(
                 flow.flow_id,
@@ -239,10 +253,16 @@ class Close:
         self._core.step(flow, Event.GAVE_UP, now)
 
     def _reset_transport(self, flow: Flow, now: float) -> None:
-        self._core.effects.append(ResetTransport(flow.flow_id, flow.errno))
+        if flow.protocol == PROTOCOL_UDP:
+            self._core.effects.append(ForgetExpected(flow.flow_id))
+        else:
+            self._core.effects.append(ResetTransport(flow.flow_id, flow.errno))
 
     def _close_transport(self, flow: Flow, now: float) -> None:
-        self._core.effects.append(CloseTransport(flow.flow_id))
+        if flow.protocol == PROTOCOL_UDP:
+            self._core.effects.append(ForgetExpected(flow.flow_id))
+        else:
+            self._core.effects.append(CloseTransport(flow.flow_id))
 
     def _finish_when_released(self, flow: Flow, now: float) -> None:
         if not flow.released and not flow.unattended:

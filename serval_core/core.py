@@ -23,7 +23,7 @@ from serval_core.service_table import ServiceTable
 from serval_core.states import CONNECTION, Action, Event, ImpossibleEvent, State
 from serval_core.timers import NO_TIMER, Timers
 from serval_core.wire import ipv4
-from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, emit_control
+from serval_core.wire.sal import PROTOCOL_SAL, emit_control
 
 Handler = Callable[[Flow, float], None]
 
@@ -128,7 +128,7 @@ class Core:
             emit_control(
                 flow.flow_id,
                 flow.peer_flow_id,
-                PROTOCOL_TCP,
+                flow.protocol,
                 flags,
                 verno,
                 flow.receive_next,

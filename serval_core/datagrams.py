@@ -1,9 +1,14 @@
-"""How does a program send and receive Serval datagrams? Handles for endpoints, and `Datagrams`, which makes them.
+"""How does a program send and receive Serval datagrams? `Datagrams` is what the stack offers.
 
-    endpoint = stack.datagrams.bind(prefix, on_datagram)
+    endpoint = stack.datagrams.bind(prefix, on_datagram)             # unconnected
     endpoint.send(payload, destination)
 
-All calls and callbacks are made on the stack's loop; nothing blocks. The protocol is `unconnected`.
+    listener = stack.datagrams.listen(prefix, on_accept)             # connected: see `datagram_flows`
+    stack.datagrams.connect(service_id, on_connected, on_failed)
+    flow.on_datagram = received; flow.send(payload); flow.close()
+
+All calls and callbacks are made on the stack's loop; nothing blocks. Here are the handles of unconnected
+datagrams; their protocol is `unconnected`.
 """
 
 from __future__ import annotations
@@ -11,12 +16,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from serval_core.connected_datagrams import FLOW_PAYLOAD_BYTES_MAX
+from serval_core.datagram_flows import (
+    DatagramFlow,
+    DatagramFlows,
+    DatagramListener,
+    Host,
+    OnAccept,
+    OnFailed,
+    PendingDatagramFlow,
+)
 from serval_core.effects import Datagram, DatagramRefused, DeliverDatagram, Effect
 from serval_core.names import ServiceID, ServicePrefix
 from serval_core.sal import ServiceAccessLayer
 from serval_core.unconnected import PAYLOAD_BYTES_MAX, Endpoint, PayloadSize
 
-__all__ = ["PAYLOAD_BYTES_MAX", "Datagram", "DatagramEndpoint", "Datagrams", "PayloadSize"]
+__all__ = [
+    "FLOW_PAYLOAD_BYTES_MAX",
+    "PAYLOAD_BYTES_MAX",
+    "Datagram",
+    "DatagramEndpoint",
+    "DatagramFlow",
+    "DatagramListener",
+    "Datagrams",
+    "Host",
+    "PayloadSize",
+    "PendingDatagramFlow",
+]
 
 OnDatagram = Callable[[Datagram], None]
 OnRefused = Callable[[int], None]
@@ -74,15 +100,18 @@ class DatagramEndpoint:
 
 
 class Datagrams:
-    """The datagrams of one stack, as programs see them. `run_effects` has the stack do what the SAL wants."""
+    """The datagrams of one stack, as programs see them."""
 
-    def __init__(self, sal: ServiceAccessLayer, run_effects: Callable[[], None]) -> None:
+    def __init__(self, sal: ServiceAccessLayer, host: Host) -> None:
         self._sal = sal
-        self._run_effects = run_effects
+        self._host = host
+        self.flows = DatagramFlows(sal, host)
+        """The connected ones, for the stack."""
         self._endpoints: dict[int, DatagramEndpoint] = {}
         self.carry_out: Mapping[type[Effect], Callable[[Any], None]] = {
             DeliverDatagram: self._deliver,
             DatagramRefused: self._refused,
+            **self.flows.carry_out,
         }
         """What is to be done for which effect."""
 
@@ -95,8 +124,28 @@ class Datagrams:
         handle = self._endpoints[endpoint.endpoint_id] = DatagramEndpoint(self, endpoint, on_datagram)
         return handle
 
+    def listen(
+        self, prefix: ServicePrefix, on_accept: OnAccept, backlog: int = 1024
+    ) -> DatagramListener:
+        """Accept UDP flows for a serviceID or prefix. OurMistake if something is bound to it, or nothing can be.
+
+        At most `backlog` flows wait to be accepted, which happens at once here.
+        """
+        return self.flows.listen(prefix, on_accept, backlog)
+
+    def connect(
+        self, service_id: ServiceID, on_connected: OnAccept, on_failed: OnFailed, destination: int = 0
+    ) -> PendingDatagramFlow:
+        """Open a UDP flow to a service; one of the two callbacks follows, never before this call returns.
+
+        `destination`: an IPv4 address that skips resolution. `on_failed` gets an errno and a reason, as for
+        streams.
+        """
+        return self.flows.connect(service_id, on_connected, on_failed, destination)
+
     def close(self) -> None:
         """Close whatever is open: the stack stops."""
+        self.flows.close()
         for endpoint in list(self._endpoints.values()):
             endpoint.close()
 
@@ -109,7 +158,7 @@ class Datagrams:
     ) -> int:
         """For the handles."""
         errno = self._sal.send_datagram(endpoint_id, payload, destination, address, source)
-        self._run_effects()
+        self._host.run_effects()
         return errno
 
     def close_endpoint(self, endpoint_id: int) -> None:

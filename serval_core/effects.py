@@ -153,6 +153,27 @@ class DeliverDatagram:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenDatagrams:
+    """A UDP flow is open: let its datagrams through to the SAL, until ForgetExpected. It has no kernel socket.
+
+    Comes before any news of the flow for the application.
+    """
+
+    flow_id: FlowID
+    local_address: int
+    peer_address: int
+    interface_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverFlowDatagram:
+    """A datagram arrived in a UDP flow."""
+
+    flow_id: FlowID
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class DatagramRefused:
     """The host at `address` answered a datagram of endpoint `endpoint_id`: it has no such service. Just news."""
 
@@ -171,4 +192,5 @@ class Happened:
 Effect = (
     SendPacket | ExpectData | ForgetExpected | OpenTransport | InjectSegment | EndOfStream | ResetTransport | CloseTransport
     | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
+    | OpenDatagrams | DeliverFlowDatagram
 )

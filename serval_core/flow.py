@@ -13,19 +13,40 @@ from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
 from serval_core.ways import Way
+from serval_core.wire.sal import PROTOCOL_TCP
 from serval_core.wire.tcp_segment import NO_OPTIONS
 
 
 class Listener:
-    """A service that is being listened on. `waiting` counts flows that the application has not taken."""
+    """A service that is being listened on. `waiting` counts flows that the application has not taken.
 
-    __slots__ = ("backlog", "listener_id", "prefix", "waiting")
+    `protocol` is that of the flows, TCP or UDP.
+    """
 
-    def __init__(self, listener_id: int, prefix: ServicePrefix, backlog: int) -> None:
+    __slots__ = ("backlog", "listener_id", "prefix", "protocol", "waiting")
+
+    def __init__(self, listener_id: int, prefix: ServicePrefix, backlog: int, protocol: int) -> None:
         self.listener_id = listener_id
         self.prefix = prefix
         self.backlog = backlog
+        self.protocol = protocol
         self.waiting = 0
+
+
+class Traffic:
+    """What a UDP flow has carried, in packets and bytes of IP. For TCP the data plane counts."""
+
+    __slots__ = ("bytes_in", "bytes_out", "packets_in", "packets_out")
+
+    def __init__(self) -> None:
+        self.packets_out = 0
+        self.bytes_out = 0
+        self.packets_in = 0
+        self.bytes_in = 0
+
+    def counters(self) -> dict[str, int]:
+        """The counters by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class SynKey(NamedTuple):
@@ -102,6 +123,7 @@ class Flow:
         "peer_initial_sequence",
         "peer_nonce",
         "peer_window_bytes",
+        "protocol",
         "receive_next",
         "released",
         "retransmission_timer",
@@ -115,6 +137,7 @@ class Flow:
         "syn_key",
         "timeout_s",
         "timestamp_offset",
+        "traffic",
         "unattended",
         "waits_in_backlog",
         "ways",
@@ -124,7 +147,9 @@ class Flow:
         """`secrets`: 192 random bits, from which nonce and initial numbers are taken."""
         self.flow_id = flow_id
         self.service_id = service_id
+        self.protocol = PROTOCOL_TCP
         self.state = State.INIT
+        self.traffic: Traffic | None = None
         self.opened_at = now
 
         # SAL (SPEC 3.2).

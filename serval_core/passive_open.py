@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from errno import ECONNABORTED
 
-from serval_core import handshake
+from serval_core import handshake, transport_part
 from serval_core.addresses import is_unicast
+from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.core import Core
 from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment, SendPacket
 from serval_core.errors import OurMistake, TheirMistake
@@ -22,16 +23,17 @@ from serval_core.rules import Rule
 from serval_core.states import Action, Event, State
 from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, RST, SYN, SalPacket
+from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, PROTOCOL_UDP, RST, SYN, SalPacket
 
 
 class PassiveOpen:
     """Accepts connections for the listeners of this stack."""
 
-    __slots__ = ("_core", "_listeners")
+    __slots__ = ("_core", "_datagrams", "_listeners")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, datagrams: ConnectedDatagrams) -> None:
         self._core = core
+        self._datagrams = datagrams
         self._listeners: dict[int, Listener] = {}
         core.register(
             {
@@ -43,8 +45,8 @@ class PassiveOpen:
             }
         )
 
-    def listen(self, prefix: ServicePrefix, backlog: int) -> int:
-        """Accept connections to the services under `prefix`; returns the listener's number.
+    def listen(self, prefix: ServicePrefix, backlog: int, protocol: int) -> int:
+        """Accept TCP or UDP connections to the services under `prefix`; returns the listener's number.
 
         Raises OurMistake if that is being listened on already, or is no service to listen on.
         """
@@ -52,7 +54,7 @@ class PassiveOpen:
             raise OurMistake(f"a backlog of {backlog} would refuse every connection: give at least 1")
         listener_id = self._core.new_listener_id()
         self._core.table.add(Rule.demux(prefix, listener_id))
-        self._listeners[listener_id] = Listener(listener_id, prefix, backlog)
+        self._listeners[listener_id] = Listener(listener_id, prefix, backlog, protocol)
         return listener_id
 
     def close_listener(self, listener_id: int, now: float) -> None:
@@ -75,8 +77,6 @@ class PassiveOpen:
         assert control is not None
         if not sal.services:
             raise TheirMistake("syn_without_service")
-        if sal.protocol != PROTOCOL_TCP:
-            raise TheirMistake("not_tcp")
         if sal.src_flow_id == 0:
             raise TheirMistake("flow_id_zero")
         if len(sal.source_addresses) >= MAX_SOURCE_ADDRESSES:
@@ -94,11 +94,11 @@ class PassiveOpen:
         if listener is None:
             self._refuse(ip, sal, interface_index, broadcast)
             raise TheirMistake("no_listener")
+        if sal.protocol != listener.protocol:
+            raise TheirMistake("wrong_protocol")
         if listener.waiting >= listener.backlog:
             raise TheirMistake("backlog_full")
-        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
-        if not handshake.syn_is_acceptable(segment):
-            raise TheirMistake("handshake_segment")
+        segment = transport_part.read_syn(ip, sal)
         path = self._path_back(peer_address, interface_index, bool(sal.source_addresses))
         local_address = ip.destination
         if broadcast or sal.source_addresses:
@@ -106,6 +106,7 @@ class PassiveOpen:
 
         flow_id = core.flows.new_flow_id(core.random.getrandbits)
         flow = Flow(flow_id, sal.services[0], core.random.getrandbits(192), now)
+        flow.protocol = sal.protocol
         flow.listener = listener
         flow.syn_key = SynKey(peer_address, sal.src_flow_id, control.nonce)
         flow.peer_flow_id = FlowID(sal.src_flow_id)
@@ -159,12 +160,7 @@ class PassiveOpen:
             raise TheirMistake("wrong_ackno")
         if control.verno != flow.receive_next:
             raise TheirMistake("wrong_verno")
-        window_bytes = handshake.window_without_segment(flow)
-        if sal.transport:
-            segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
-            if not handshake.first_segment_is_acceptable(flow, segment, 1):
-                raise TheirMistake("handshake_segment")
-            window_bytes = handshake.scaled_window(flow, segment)
+        window_bytes = transport_part.read_handshake_ack(flow, ip, sal)
         if ip.source != flow.peer_address:
             # The nonce vouches for it, and the prototype goes by the address of the ACK as well.
             path = self._path_back(ip.source, flow.interface_index, False)
@@ -177,10 +173,15 @@ class PassiveOpen:
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Data that overtook the handshake ACK, or came in its place."""
+        if flow.protocol == PROTOCOL_UDP:
+            payload = self._datagrams.read(flow, ip, sal)
+            self._complete(flow, 0, now)
+            self._datagrams.deliver(flow, ip, payload)
+            return
         if sal.src_flow_id != flow.peer_flow_id:
             raise TheirMistake("wrong_peer_flow")
         if sal.protocol != PROTOCOL_TCP:
-            raise TheirMistake("not_tcp")
+            raise TheirMistake("wrong_protocol")
         # Behind a veth the kernel leaves the checksum of its segments to be completed.
         if tcp_segment.checksum_state(sal.transport, ip.source, ip.destination) == "wrong":
             raise TheirMistake(tcp_segment.WRONG_CHECKSUM)
@@ -229,13 +230,12 @@ class PassiveOpen:
 
     def _send_syn_ack(self, flow: Flow, now: float) -> None:
         core = self._core
-        segment = handshake.syn_ack_segment(flow, core.settings, flow.first_sent_at)
         core.send_control(
             flow,
             SYN | ACK,
             flow.initial_verno,
             source_addresses=flow.source_addresses,
-            transport=tcp_segment.emit(segment, flow.local_address, flow.peer_address),
+            transport=transport_part.of_syn_ack(flow, core.settings),
         )
         wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.request_expiry_s)
         core.restart_retransmission(flow, now + wait_s, self._repeat_syn_ack)

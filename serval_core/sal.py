@@ -10,10 +10,11 @@ After every call, and when `next_timeout()` has come and `handle_timeouts` was c
 
 from __future__ import annotations
 
-from errno import ECONNABORTED
+from errno import ECONNABORTED, EPIPE
 
 from serval_core.active_open import ActiveOpen
 from serval_core.close import Close
+from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.core import Core, RandomSource
 from serval_core.delay_queue import DelayQueue
 from serval_core.effects import Effect, SendPacket
@@ -32,7 +33,7 @@ from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.undeliverable import error_name, undelivered
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import RST, SYN, SalPacket, parse
+from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP, RST, SYN, SalPacket, parse
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
 
@@ -49,9 +50,10 @@ class ServiceAccessLayer:
         """`random` must be unpredictable (`random.SystemRandom`) wherever there may be attackers."""
         self._core = Core(settings, table, paths, random)
         self._active_open = ActiveOpen(self._core)
-        self._passive_open = PassiveOpen(self._core)
+        self._connected_datagrams = ConnectedDatagrams(self._core)
+        self._passive_open = PassiveOpen(self._core, self._connected_datagrams)
         self._sent_resets = SentResets(self._core)
-        self._close = Close(self._core, self._sent_resets)
+        self._close = Close(self._core, self._sent_resets, self._connected_datagrams)
         self._unconnected = Unconnected(self._core)
         self.forwarding = Forwarding(self._core)
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
@@ -61,13 +63,15 @@ class ServiceAccessLayer:
         most, an acknowledgement or an RST in answer.
         """
 
-    def listen(self, prefix: ServicePrefix, backlog: int, now: float) -> int:
-        """Accept connections to the services under `prefix`; returns the listener's number.
+    def listen(
+        self, prefix: ServicePrefix, backlog: int, now: float, protocol: int = PROTOCOL_TCP
+    ) -> int:
+        """Accept TCP or UDP connections to the services under `prefix`; returns the listener's number.
 
         At most `backlog` accepted flows wait for `accepted_taken`. Raises OurMistake, e.g. if the prefix is
         being listened on.
         """
-        return self._passive_open.listen(prefix, backlog)
+        return self._passive_open.listen(prefix, backlog, protocol)
 
     def close_listener(self, listener_id: int, now: float) -> None:
         """Stop listening. Flows that were not taken are reset, taken ones live on. OurMistake if unknown."""
@@ -79,12 +83,14 @@ class ServiceAccessLayer:
         if flow is not None:
             self._core.leave_backlog(flow)
 
-    def connect(self, service_id: ServiceID, now: float, destination: int = 0) -> FlowID:
-        """Open a connection to `service_id`, at address `destination` unless that is 0.
+    def connect(
+        self, service_id: ServiceID, now: float, destination: int = 0, protocol: int = PROTOCOL_TCP
+    ) -> FlowID:
+        """Open a TCP or UDP connection to `service_id`, at address `destination` unless that is 0.
 
         The outcome is a Connected or ConnectFailed effect, which may be there already on return.
         """
-        return self._active_open.connect(service_id, destination, now)
+        return self._active_open.connect(service_id, destination, protocol, now)
 
     def cancel_connect(self, flow_id: FlowID, now: float) -> None:
         """The application does not want the connection any more.
@@ -136,6 +142,11 @@ class ServiceAccessLayer:
     ) -> int:
         """Send an unconnected datagram; returns 0 or an errno. See `unconnected`."""
         return self._unconnected.send(endpoint_id, payload, destination, address, source)
+
+    def send_on_flow(self, flow_id: FlowID, payload: bytes) -> int:
+        """Send a datagram in a UDP flow; returns 0 or an errno, EPIPE when there is no such flow any more."""
+        flow = self._core.flows.by_id.get(flow_id)
+        return EPIPE if flow is None else self._connected_datagrams.send(flow, payload)
 
     def datagram_endpoints(self) -> list[dict[str, object]]:
         """One dict per endpoint of unconnected datagrams."""
@@ -299,9 +310,11 @@ def _is_syn(packet: bytes) -> bool:
 
 def _snapshot(flow: Flow, core: Core) -> dict[str, object]:
     return {
+        **({} if flow.traffic is None else flow.traffic.counters()),
         "flow_id": flow.flow_id,
         "peer_flow_id": flow.peer_flow_id,
         "state": flow.state.name,
+        "protocol": "UDP" if flow.protocol == PROTOCOL_UDP else "TCP",
         "service": flow.service_id.text,
         "role": "passive" if flow.listener is not None else "active",
         "local_address": format_address(flow.local_address),

@@ -20,7 +20,7 @@ import structlog
 
 from serval_core.access_policy import AccessPolicy
 from serval_core.connection import Connection, Listener, OnAccept, OnConnected, OnFailed, PendingConnect
-from serval_core.datagrams import Datagrams
+from serval_core.datagrams import Datagrams, Host
 from serval_core.dataplane import tcp_repair
 from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
 from serval_core.effects import (
@@ -138,7 +138,15 @@ class ServalStack:
         stack._sal = ServiceAccessLayer(
             stack.settings.sal, stack.table, stack._dataplane.paths, random.SystemRandom()
         )
-        stack.datagrams = Datagrams(stack._sal, stack._run_effects)
+        stack.datagrams = Datagrams(
+            stack._sal,
+            Host(
+                time.monotonic,
+                stack._run_effects,
+                lambda: stack._loop.call_soon(stack._run_effects),
+                stack._dataplane.expect_data,
+            ),
+        )
         stack._carry_out |= stack.datagrams.carry_out
         stack.services = StackServices(
             stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
@@ -220,7 +228,7 @@ class ServalStack:
         listed = self._sal.flows()
         for flow in listed:
             flow_id = FlowID(int(str(flow["flow_id"])))
-            flow.update(self._dataplane.flow_counters(flow_id)._asdict())
+            flow |= {**self._dataplane.flow_counters(flow_id)._asdict(), **flow}  # of UDP flows the SAL counts
             if holder := self.unattended.holder(flow_id):
                 flow.update(pid=holder.pid, uid=holder.uid)
         return listed
@@ -407,9 +415,11 @@ class ServalStack:
     def _end_of_stream(self, effect: EndOfStream) -> None:
         """Usually the kernel has read the TCP FIN long ago. A peer that only sends the SAL FIN needs our help."""
         connection = self._connections.get(effect.flow_id)
-        if connection is not None and connection.fd == NO_DESCRIPTOR:
+        if connection is None:
+            self.datagrams.flows.end_of_stream(effect)
+        elif connection.fd == NO_DESCRIPTOR:
             self.unattended.end_stream(effect.flow_id)
-        elif connection is not None and tcp_repair.state(connection.fd) in READING_STATES:
+        elif tcp_repair.state(connection.fd) in READING_STATES:
             self._end_stream_when_quiet(connection, -1)
 
     def _end_stream_when_quiet(self, connection: Connection, packets_before: int) -> None:
@@ -455,7 +465,8 @@ class ServalStack:
     def _connected(self, effect: Connected) -> None:
         connection = self._connections.get(effect.flow_id)
         if connection is None:
-            return  # the transport could not be opened; FlowEnded follows and tells
+            self.datagrams.flows.connected(effect)
+            return  # or the transport could not be opened; FlowEnded follows and tells
         pending = self._pending.pop(effect.flow_id, None)
         if pending is None:
             connection.abort()
@@ -466,13 +477,16 @@ class ServalStack:
 
     def _connect_failed(self, effect: ConnectFailed) -> None:
         pending = self._pending.pop(effect.flow_id, None)
-        if pending is not None:
+        if pending is None:
+            self.datagrams.flows.connect_failed(effect)
+        else:
             pending.on_failed(effect.errno, effect.why)
 
     def _accepted(self, effect: Accepted) -> None:
         connection = self._connections.get(effect.flow_id)
         listener = self._listeners.get(effect.listener_id)
         if connection is None:
+            self.datagrams.flows.accepted(effect)
             return
         if listener is None or not listener.holds_backlog:
             self._sal.accepted_taken(effect.flow_id)
@@ -487,7 +501,9 @@ class ServalStack:
         connection = self._connections.get(effect.flow_id)
         if connection is None:
             pending = self._pending.pop(effect.flow_id, None)
-            if pending is not None:
+            if pending is None:
+                self.datagrams.flows.flow_ended(effect)
+            else:
                 pending.on_failed(effect.errno, "the kernel refused the transport")
             return
         connection.ended = True

@@ -47,7 +47,7 @@ class Event(IntEnum):
     SYN_RECEIVED = 1  # from a new client, or again from one that has no answer yet
     SYN_ACK_RECEIVED = 2  # the first one, or again from the same server
     HANDSHAKE_COMPLETED = 3  # ACK, bare ACK or first data of the client
-    TCP_FIN_ACKNOWLEDGED = 4  # the peer's TCP has everything that we sent, FIN included
+    TCP_FIN_ACKNOWLEDGED = 4  # the peer's TCP has everything that we sent, FIN included; UDP: we closed
     FIN_RECEIVED = 5  # SAL FIN that was not seen before
     FIN_ACKNOWLEDGED = 6  # the peer has our SAL FIN
     RESET_RECEIVED = 7

@@ -22,12 +22,14 @@ from serval_core.effects import (
     ConnectFailed,
     DatagramRefused,
     DeliverDatagram,
+    DeliverFlowDatagram,
     Effect,
     EndOfStream,
     ExpectData,
     FlowEnded,
     ForgetExpected,
     InjectSegment,
+    OpenDatagrams,
     OpenTransport,
     ResetTransport,
     SendPacket,
@@ -92,7 +94,8 @@ class MemoryHost:
     """A host: a SAL, its table, and the transports of its flows.
 
     What the application would be told is kept in `accepted`, `connected`, `failed`, `ended`, `datagrams` and
-    `refusals`; `on_open(host, transport)` is called for each new connection.
+    `refusals`; `on_open(host, transport)` is called for each new TCP connection. UDP flows have what they received
+    in `flow_datagrams`, and are in `closed_by_peer` after its FIN.
     """
 
     def __init__(self, network: MemoryNetwork, address: int, settings: SalSettings, random: Random) -> None:
@@ -110,6 +113,8 @@ class MemoryHost:
         self.finished: list[ToyTransport] = []
         self.datagrams: list[DeliverDatagram] = []
         self.refusals: list[DatagramRefused] = []
+        self.flow_datagrams: dict[FlowID, list[bytes]] = {}
+        self.closed_by_peer: list[FlowID] = []
         self.on_open: Callable[[MemoryHost, ToyTransport], None] = lambda host, transport: None
 
     def packet_arrived(self, packet: bytes, broadcast: bool) -> None:
@@ -178,8 +183,18 @@ class MemoryHost:
                 self.transports[flow_id] = ToyTransport(effect, self._transmit_segment, self._clock)
             case InjectSegment(flow_id, segment, source, destination):
                 self.transports[flow_id].segment_received(segment, source, destination)
+            case OpenDatagrams(flow_id):
+                assert flow_id not in {*self.flow_datagrams, *self.ended}
+                self.expected.add(flow_id)
+                self.flow_datagrams[flow_id] = []
+            case DeliverFlowDatagram(flow_id, payload):
+                assert flow_id in {*self.accepted, *self.connected}
+                self.flow_datagrams[flow_id].append(payload)
             case EndOfStream(flow_id):
-                self.transports[flow_id].end_stream()
+                if flow_id in self.flow_datagrams:
+                    self.closed_by_peer.append(flow_id)
+                else:
+                    self.transports[flow_id].end_stream()
             case ResetTransport(flow_id, errno):
                 self._take_down(flow_id, errno)
             case CloseTransport(flow_id):
@@ -190,12 +205,14 @@ class MemoryHost:
                 self.ended[flow_id] = errno
             case Connected(flow_id):
                 self.connected.append(flow_id)
-                self.on_open(self, self.transports[flow_id])
+                if flow_id not in self.flow_datagrams:
+                    self.on_open(self, self.transports[flow_id])
             case Accepted(_, flow_id, service_id):
                 assert flow_id not in self.accepted
                 self.accepted[flow_id] = service_id
                 self.sal.accepted_taken(flow_id)
-                self.on_open(self, self.transports[flow_id])
+                if flow_id not in self.flow_datagrams:
+                    self.on_open(self, self.transports[flow_id])
             case ConnectFailed(flow_id):
                 assert flow_id not in {*self.connected, *self.failed}
                 self.failed[flow_id] = effect

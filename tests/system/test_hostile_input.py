@@ -118,7 +118,7 @@ MALFORMED = [
     ),
     Row("a wrong SAL checksum", syn(damage=0x0100), "sal_checksum"),
     Row("a SYN without SERVICE", sal(SYN_CONTROL) + GOOD_TCP, "syn_without_service"),
-    Row("a SYN for UDP", syn(protocol=PROTOCOL_UDP), "not_tcp"),
+    Row("a SYN for UDP", syn(protocol=PROTOCOL_UDP), "wrong_protocol"),
     Row("a SYN from flow 0", sal(SYN_CONTROL, SERVED, flows=(0, 0)) + GOOD_TCP, "flow_id_zero"),
     Row("a SYN for nobody", sal(SYN_CONTROL, service(UNKNOWN_SERVICE_NUMBER)) + GOOD_TCP, "no_listener"),
     Row("a SYN from a full list of forwarders", syn(source(*[ATTACKER] * 20)), "source_full"),
@@ -409,7 +409,7 @@ def test_half_open_flows_are_completed_by_nothing_but_the_right_packet(field: Fi
         (sal(flows=flows) + data(words=4), "tcp_header_length"),
         (sal(flows=flows, damage=1) + data(), "sal_checksum"),
         (sal(flows=(78, flow_id)) + data(), "wrong_peer_flow"),
-        (sal(flows=flows, protocol=PROTOCOL_UDP) + data(), "not_tcp"),
+        (sal(flows=flows, protocol=PROTOCOL_UDP) + data(), "wrong_protocol"),
     ]
     found = [(field.send_and_count(payload), {reason: 1}) for payload, reason in wrong]
     assert [seen for seen, _ in found] == [expected for _, expected in found]
