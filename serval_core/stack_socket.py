@@ -117,12 +117,16 @@ class StackSocketServer:
             raise OurMistake(f"the stack socket already has a handler for {name}")
         self._handlers[name] = handler
 
-    def open(self) -> None:
-        """Take the name and begin to serve. StackBusy if another process of this network namespace has it."""
+    def open(self, listener: socket.socket | None = None) -> None:
+        """Take the name and begin to serve. StackBusy if another process of this network namespace has it.
+
+        `listener` (taken): a listening socket that already has the name.
+        """
         if self._listener is not None:
             raise OurMistake("the stack socket is already open")
         loop = asyncio.get_running_loop()
-        self._listener = _bind()
+        self._listener = listener or _bind()
+        self._listener.setblocking(False)
         loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:

@@ -21,12 +21,13 @@ import structlog
 
 from serval_core.configured_rules import replace_rules, rule_text
 from serval_core.configured_stack import refuse_unknown_names, stack_settings
+from serval_core.descriptors import raise_descriptor_limit
 from serval_core.errors import ServalError
 from serval_core.stack import ServalStack
 from serval_core.systemd import notify_systemd
 from translator.accounting import Admission, MapTraffic
 from translator.config import Settings
-from translator.descriptors import connection_limit, raise_descriptor_limit
+from translator.descriptors import connection_limit
 from translator.legacy_side import LegacyAcceptor, MappedPort, SocketOptions
 from translator.relay import Relay
 from translator.reload import Parts, ReadAgain, Retired, prepare, put_into_effect

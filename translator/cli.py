@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,33 +15,26 @@ from typing import Any, TypeVar
 import msgspec
 import rich_click as click
 
-from serval_core.config_file import Misconfigured, Names
+from serval_core import command_line
+from serval_core.command_line import section_option
+from serval_core.config_file import Names
 from serval_core.configured_rules import parse_rule, rule_text
-from serval_core.errors import ServalError
 from translator import show as show_module
 from translator.config import KEEPALIVE_MAX_S, Settings
 from translator.config_file import LoadedFile, load
 from translator.port_map import parse_map, parse_reverse
 
 PROGRAM = "serval-translator"
-WRONG_USE = 2
-NOT_POSSIBLE = 1
 
 T = TypeVar("T")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
 
 
-def _section_option(section: str, key: str, *names: str, **attributes: Any) -> Callable[[Function], Function]:
-    """An option that overrides one key of the configuration file."""
-    return click.option(*names, f"{section}__{key}", **attributes)
-
-
 @click.group(
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=command_line.CONTEXT_SETTINGS,
     epilog="Without a command the translator runs until SIGTERM (finish what is open) or SIGINT (stop now)."
     " SIGHUP reads the configuration file again.",
 )
@@ -76,7 +68,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     type=_FILE,
     help="Configuration file (TOML); options above add to it, below override it.",
 )
-@_section_option(
+@section_option(
     "stack",
     "interfaces",
     "--interface",
@@ -85,28 +77,28 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="NAME",
     help="Use only this interface. Repeatable.",
 )
-@_section_option(
+@section_option(
     "stack",
     "congestion_control",
     "--congestion-control",
     metavar="NAME",
     help="Of Serval flows. [default: cubic]",
 )
-@_section_option(
+@section_option(
     "stack",
     "broadcast_resolution",
     "--broadcast/--no-broadcast",
     default=None,
     help="Ask all interfaces for services that no --service covers. [default: on]",
 )
-@_section_option(
+@section_option(
     "legacy",
     "no_answer",
     "--no-answer",
     type=click.Choice(["reset", "close"]),
     help="What a client sees if its service cannot be reached. [default: reset]",
 )
-@_section_option(
+@section_option(
     "legacy",
     "keepalive_s",
     "--keepalive",
@@ -114,7 +106,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="Probe silent legacy connections after S seconds; 0: never. [default: 600]",
 )
-@_section_option(
+@section_option(
     "limits",
     "connections",
     "--connection-limit",
@@ -122,7 +114,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="N",
     help="Clients at a time; more wait in the queue. [default: 20000]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "connect_s",
     "--connect-timeout",
@@ -130,7 +122,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="For opening a Serval flow. [default: 10]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "target_connect_s",
     "--target-timeout",
@@ -138,7 +130,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="For reaching a legacy service. [default: 5]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "idle_s",
     "--idle-timeout",
@@ -146,7 +138,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="No byte either way. [default: 3600]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "client_fin_s",
     "--client-fin-timeout",
@@ -154,7 +146,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="Half-closed, and silence of the side that opened. [default: 300]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "server_fin_s",
     "--server-fin-timeout",
@@ -162,7 +154,7 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="Half-closed, and silence of the other side. [default: 300]",
 )
-@_section_option(
+@section_option(
     "timeouts",
     "drain_s",
     "--drain-timeout",
@@ -170,14 +162,14 @@ def _section_option(section: str, key: str, *names: str, **attributes: Any) -> C
     metavar="S",
     help="From SIGTERM until what is still open is reset. [default: 30]",
 )
-@_section_option(
+@section_option(
     "log",
     "level",
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="[default: info]",
 )
-@_section_option(
+@section_option(
     "log", "format", "--log-format", type=click.Choice(["console", "json"]), help="[default: console]"
 )
 @click.version_option(package_name=PROGRAM, prog_name=PROGRAM)
@@ -252,12 +244,7 @@ def collect_settings(
         reverses=(*file.reverses, *_parse_all("--reverse", reverses, parse_reverse, names)),
         rules=(*file.rules, *_parse_all("--service", rules, parse_rule, names)),
     )
-    values = {}
-    for name, value in sections.items():
-        if value is not None and value != ():
-            section, _, key = name.partition("__")
-            values[section, key] = value
-    return added.with_values(values).checked()
+    return added.with_values(command_line.section_values(sections)).checked()
 
 
 def _parse_all(
@@ -283,20 +270,4 @@ def _run(settings: Settings, read_again: Callable[[], Settings] | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program. Ends the process with an exit status."""
-    try:
-        sys.exit(cli.main(arguments, prog_name=PROGRAM, standalone_mode=False) or 0)
-    except Misconfigured as mistake:
-        _complain(str(mistake), WRONG_USE)
-    except click.UsageError as mistake:
-        _complain(f"{mistake.format_message().rstrip('.')} ({PROGRAM} --help shows all options)", WRONG_USE)
-    except click.ClickException as mistake:
-        _complain(mistake.format_message(), WRONG_USE)
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted", NOT_POSSIBLE)
-    except ServalError as error:
-        _complain(str(error), NOT_POSSIBLE)
-
-
-def _complain(sentence: str, status: int) -> None:
-    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
-    sys.exit(status)
+    command_line.run(cli, PROGRAM, arguments)

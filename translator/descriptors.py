@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-
 from serval_core.config_file import Misconfigured
 from translator.config import CONNECTION_LIMIT, Settings
 
@@ -12,14 +10,6 @@ RESERVED_DESCRIPTORS = 512
 # The client's socket and the flow's; and while large amounts are moving, a pipe for each direction.
 DESCRIPTORS_PER_CLIENT = 2
 DESCRIPTORS_PER_BUSY_CLIENT = 6
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to the hard one; returns it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def connection_limit(settings: Settings, descriptors: int) -> int:

@@ -16,10 +16,11 @@ import msgspec
 from serval_core.access_policy import AccessPolicy
 from serval_core.config_file import Misconfigured
 from serval_core.configured_rules import replace_rules
+from serval_core.descriptors import raise_descriptor_limit
 from serval_core.stack import ServalStack
 from translator.accounting import Admission, MapTraffic
 from translator.config import Settings
-from translator.descriptors import connection_limit, raise_descriptor_limit
+from translator.descriptors import connection_limit
 from translator.legacy_side import LegacyAcceptor
 from translator.serval_side import ReverseSide
 from translator.targets import TargetSet, resolve_targets

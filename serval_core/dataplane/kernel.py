@@ -34,6 +34,7 @@ from serval_core.dataplane.devices import (
     Devices,
 )
 from serval_core.dataplane.icmp_errors import IcmpErrors
+from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.neighbours import Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.packet_socket import RawSocket
@@ -103,7 +104,7 @@ class SocketState(NamedTuple):
 class DataPlaneSettings:
     """`interfaces`: names to use, None for all that are up. `virtual_network`: a /16 of its own for the kernel's sockets, and the
     address of our side in `virtual_address`; neither ever appears on a wire. A flow whose peer's host is silent for
-    `peer_timeout_s` ends with ETIMEDOUT (0: never)."""
+    `peer_timeout_s` ends with ETIMEDOUT (0: never). A service router forwards in the kernel unless `forward_in_kernel` is false."""
 
     interfaces: Sequence[str] | None = None
     congestion_control: str = "cubic"
@@ -111,6 +112,7 @@ class DataPlaneSettings:
     virtual_address: str = "100.127.255.1"
     virtual_port: int = 54324
     peer_timeout_s: int = 120
+    forward_in_kernel: bool = True
 
 
 class KernelDataPlane:
@@ -147,11 +149,35 @@ class KernelDataPlane:
             self.neighbours = Neighbours()
             self.paths = KernelPaths(self._netlink, OWN_DEVICES, self._settings.interfaces)
             self.attach_interfaces()
+            leftovers += self._end_left_connections()
         except BaseException:
             self.devices.remove()
             self._netlink.close()
             raise
         return leftovers
+
+    def _end_left_connections(self) -> list[str]:
+        """Reset the sockets of flows that died with a crashed predecessor, which had handed them to other programs."""
+        found = []
+        for flow_id in self._left_flows():
+            seen = self.look(flow_id)
+            if seen is not None and seen.receive_next:
+                self.reset_unattended(flow_id, seen)
+                found.append(f"connection of flow {flow_id}")
+        return found
+
+    def _left_flows(self) -> list[FlowID]:
+        """The flowIDs that sockets of this network namespace spell."""
+        own = f"{int.from_bytes(self._address.to_bytes(4, 'big'), sys.byteorder):08X}:{self._port:04X}"
+        found = []
+        with open("/proc/thread-self/net/tcp") as table:
+            for line in table:
+                fields = line.split()
+                if fields[1] == own:
+                    address, _, port = fields[2].partition(":")
+                    remote = int.from_bytes(int(address, 16).to_bytes(4, sys.byteorder), "big")
+                    found.append(FlowID((remote & 0xFFFF) << 16 | int(port, 16)))
+        return found
 
     def _load(self, indexes: dict[str, int]) -> None:
         configuration = CONFIGURATION.pack(
@@ -202,6 +228,11 @@ class KernelDataPlane:
             for interface in self.paths.interfaces()
         }
 
+    def attached_interfaces(self) -> tuple[Interface, ...]:
+        """The interfaces whose ingress has our filter."""
+        attached = self.devices.attached()
+        return tuple(each for each in self.paths.interfaces() if each.index in attached)
+
     # -- control packets ----------------------------------------------------------------------------------------------
 
     @property
@@ -211,6 +242,10 @@ class KernelDataPlane:
     def receive(self) -> list[tuple[bytes, int, bool]]:
         """Control packets that wait, at most 64: (IPv4 packet, interface index, was a broadcast)."""
         return self._raw.receive()
+
+    def forward_with(self, forwarder: BatchForwarder | None) -> None:
+        """Give received packets to `forwarder` first: `receive` returns those that it leaves."""
+        self._raw.forwarder = forwarder
 
     def send(self, packet: bytes, destination: int, interface_index: int) -> int:
         """Send an IPv4 packet; returns 0 or the errno."""

@@ -1,0 +1,105 @@
+"""What can an operator choose about servald, and what holds when nothing is said?
+
+The command line and the configuration file both end up as one `DaemonSettings`. Sections and keys that a translator has as
+well mean the same there; times are in seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from serval_core.access_policy import AccessRule
+from serval_core.config_file import ConfigFile, Names
+from serval_core.config_sections import AccessEntry, LogSection, Seconds, StackSection, read_access
+from serval_core.configured_rules import RuleEntry, ServiceRule, read_rules, refuse_repeated_rules
+from serval_core.controller.settings import (
+    ControllerSettings,
+    RegistrationSection,
+    ResolverSection,
+    RouterSection,
+)
+
+
+class DaemonTimeouts(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long what may take."""
+
+    connect_s: Seconds = 10.0  # opening a Serval flow
+
+
+class DaemonSettings(Struct, frozen=True, kw_only=True):
+    """All an operator can say to one servald."""
+
+    rules: tuple[ServiceRule, ...] = ()
+    access: tuple[AccessRule, ...] = ()
+    stack: StackSection = StackSection()
+    timeouts: DaemonTimeouts = DaemonTimeouts()
+    log: LogSection = LogSection()
+    registration: RegistrationSection = RegistrationSection()
+    router: RouterSection = RouterSection()
+    resolver: ResolverSection = ResolverSection()
+
+    @property
+    def controller(self) -> ControllerSettings:
+        """What the service controller is told."""
+        return ControllerSettings(
+            registration=self.registration, router=self.router, resolver=self.resolver
+        )
+
+    def checked(self) -> DaemonSettings:
+        """These settings. Raises Misconfigured when they contradict each other."""
+        refuse_repeated_rules(self.rules)
+        return self
+
+    def with_values(self, values: dict[tuple[str, str], Any]) -> DaemonSettings:
+        """A copy in which the given (section, key) pairs have new values."""
+        sections: dict[str, dict[str, Any]] = {}
+        for (section, key), value in values.items():
+            sections.setdefault(section, {})[key] = value
+        return msgspec.structs.replace(
+            self,
+            **{
+                section: msgspec.structs.replace(getattr(self, section), **keys)
+                for section, keys in sections.items()
+            },
+        )
+
+
+class _File(Struct, forbid_unknown_fields=True):
+    services: dict[str, str | int] = {}
+    rule: list[RuleEntry] = []
+    access: list[AccessEntry] = []
+    stack: StackSection = StackSection()
+    timeouts: DaemonTimeouts = DaemonTimeouts()
+    log: LogSection = LogSection()
+    registration: RegistrationSection = RegistrationSection()
+    router: RouterSection = RouterSection()
+    resolver: ResolverSection = ResolverSection()
+
+
+class LoadedDaemonFile(NamedTuple):
+    """What a file says, and the service names it defines (the command line may use them too)."""
+
+    settings: DaemonSettings
+    names: Names
+
+
+def load(path: Path) -> LoadedDaemonFile:
+    """Read a configuration file. Raises Misconfigured."""
+    file = ConfigFile(path)
+    content = file.read(_File)
+    names = file.names(content.services)
+    settings = DaemonSettings(
+        rules=read_rules(file, content.rule, names),
+        access=read_access(file, content.access, names),
+        stack=content.stack,
+        timeouts=content.timeouts,
+        log=content.log,
+        registration=content.registration,
+        router=content.router,
+        resolver=content.resolver,
+    )
+    return LoadedDaemonFile(settings, names)

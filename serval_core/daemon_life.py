@@ -1,0 +1,63 @@
+"""How does servald come up, live and go down? Entirely or not at all, and without a trace.
+
+SIGTERM and SIGINT stop it: services are unregistered, and programs that still have connections see them reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from typing import Any
+
+import structlog
+
+from serval_core.configured_rules import replace_rules, rule_text
+from serval_core.configured_stack import refuse_unknown_names, stack_settings
+from serval_core.daemon_config import DaemonSettings
+from serval_core.stack import ServalStack
+from serval_core.systemd import inherited_sockets, notify_systemd
+
+log = structlog.get_logger("servald")
+
+
+class Daemon:
+    """One servald. `run()` or `clean_up()`, in an event loop of its own."""
+
+    def __init__(self, settings: DaemonSettings) -> None:
+        self._settings = settings
+
+    async def run(self) -> None:
+        """Serve until a signal asks to stop. Raises Misconfigured, StackBusy or KernelRefused, leaving nothing behind."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        loop.set_exception_handler(report_defect)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, stop.set)
+        settings = self._settings
+        refuse_unknown_names(settings.stack)
+        stack = await ServalStack.start(
+            stack_settings(settings.stack, settings.timeouts.connect_s, settings.access), inherited_sockets()
+        )
+        try:
+            replace_rules(stack.table, (), settings.rules, contextlib.ExitStack())
+            log.info(
+                "serving", router=settings.router.enabled, rules=[rule_text(rule) for rule in settings.rules]
+            )
+            notify_systemd("READY=1")
+            await stop.wait()
+            notify_systemd("STOPPING=1")
+        finally:
+            await stack.stop()
+        log.info("stopped")
+
+    async def clean_up(self) -> None:
+        """Remove what a crashed stack has left; programs that it gave connections to see them reset. Raises StackBusy."""
+        stack = await ServalStack.start(
+            stack_settings(self._settings.stack, self._settings.timeouts.connect_s, self._settings.access)
+        )
+        await stack.stop()
+
+
+def report_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody expected, in some callback: the others go on."""
+    log.error("a defect of the stack", what=context["message"], exc_info=context.get("exception"))
