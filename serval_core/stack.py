@@ -43,6 +43,7 @@ from serval_core.errors import KernelRefused
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
 from serval_core.native_service import NativeService
+from serval_core.paths import PathFinder
 from serval_core.rules import Rule
 from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_events import ServiceEvents
@@ -103,6 +104,8 @@ class ServalStack:
         self._running_effects = False
         self._send_errors: dict[int, int] = {}
         self._wrong_injected = 0
+        self._broadcast_resolution = settings.broadcast_resolution
+        self._host_observers: list[Callable[[], None]] = []
         self._carry_out: dict[type[Effect], Callable[[Any], None]] = {
             SendPacket: self._send_packet,
             OpenTransport: self._open_transport,
@@ -226,6 +229,31 @@ class ServalStack:
     def forwarding(self, enabled: bool) -> None:
         self._sal.forwarding.enabled = enabled
 
+    @property
+    def broadcast_resolution(self) -> bool:
+        """Whether services without a rule are looked for by broadcast. May be switched at any time."""
+        return self._broadcast_resolution
+
+    @broadcast_resolution.setter
+    def broadcast_resolution(self, enabled: bool) -> None:
+        if enabled != self._broadcast_resolution:
+            self._broadcast_resolution = enabled
+            self._update_broadcast_rules()
+
+    @property
+    def paths(self) -> PathFinder:
+        """The interfaces of this host, and the ways that lead from it."""
+        return self._dataplane.paths
+
+    def on_host_change(self, observer: Callable[[], None]) -> Callable[[], None]:
+        """Call `observer` after interfaces, addresses or routes have changed; returns what ends that."""
+        self._host_observers = [*self._host_observers, observer]
+
+        def unsubscribe() -> None:
+            self._host_observers = [each for each in self._host_observers if each is not observer]
+
+        return unsubscribe
+
     def flow_counters(self, flow_id: FlowID) -> FlowCounters:
         """Packets and bytes of a flow on the wire."""
         return self._dataplane.flow_counters(flow_id)
@@ -348,16 +376,17 @@ class ServalStack:
         self._update_broadcast_rules()
         self._sal.paths_changed(time.monotonic())
         self._run_effects()
+        for observer in self._host_observers:
+            observer()
 
     def _update_broadcast_rules(self) -> None:
-        if self.settings.broadcast_resolution:
-            self.table.replace_broadcast_rules(
-                [
-                    Rule.broadcast_on(interface.broadcast_address, interface.index)
-                    for interface in self._dataplane.paths.interfaces()
-                    if interface.broadcast_address
-                ]
-            )
+        self.table.replace_broadcast_rules(
+            [
+                Rule.broadcast_on(interface.broadcast_address, interface.index)
+                for interface in self._dataplane.paths.interfaces()
+                if interface.broadcast_address and self._broadcast_resolution
+            ]
+        )
 
     def _timer_fired(self) -> None:
         self._timer = None

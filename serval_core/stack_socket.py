@@ -117,6 +117,10 @@ class StackSocketServer:
             raise OurMistake(f"the stack socket already has a handler for {name}")
         self._handlers[name] = handler
 
+    def unregister(self, name: str) -> None:
+        """Answer requests called `name` no more."""
+        del self._handlers[name]
+
     def open(self, listener: socket.socket | None = None) -> None:
         """Take the name and begin to serve. StackBusy if another process of this network namespace has it.
 
