@@ -210,6 +210,18 @@ class ServiceTable:
         entry = self._entries.longest_match(service_id)
         return None if entry is None else entry.prefix
 
+    def entry(self, prefix: ServicePrefix) -> Entry | None:
+        """All rules of exactly this prefix, to be read only."""
+        return self._entries.get(prefix)
+
+    def entry_for(self, service_id: ServiceID) -> Entry | None:
+        """The entry that decides about `service_id`, to be read only."""
+        return self._entries.longest_match(service_id)
+
+    def prefixes(self) -> list[ServicePrefix]:
+        """The prefixes that have rules."""
+        return [entry.prefix for entry in self._entries.values()]
+
     def bound(self) -> list[ServicePrefix]:
         """The prefixes that something listens on."""
         return [entry.prefix for entry in self._local.values()]
@@ -217,6 +229,11 @@ class ServiceTable:
     def rule(self, prefix: ServicePrefix, rule_type: RuleType, address: int = 0) -> Rule:
         """The rule with exactly this prefix, type and (for FORWARD) address. OurMistake if there is none."""
         return self._existing(prefix).find(rule_type, address).rule(prefix)
+
+    def rules_of(self, prefix: ServicePrefix) -> list[Rule]:
+        """The rules of exactly this prefix, those of the highest priority first."""
+        entry = self._entries.get(prefix)
+        return [] if entry is None else [target.rule(prefix) for target in entry.targets()]
 
     def rules(self) -> Iterator[Rule]:
         """All rules, broadcast and DEMUX rules included. The table must not change meanwhile."""
