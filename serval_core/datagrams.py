@@ -87,8 +87,9 @@ class DatagramEndpoint:
         say with `source_service` which of its services it speaks for.
 
         Returns 0, or an errno: EADDRNOTAVAIL without a rule for the service, EHOSTUNREACH behind a DROP rule or
-        without a path. What the kernel refuses later is counted. OurMistake for a source that is not covered
-        and after `close`; PayloadSize, an OurMistake with an `errno`, for a wrong size.
+        without a path, ENOSPC when too much waits behind DELAY rules. What the kernel refuses later is counted.
+        OurMistake for a source that is not covered and after `close`; PayloadSize, an OurMistake with an
+        `errno`, for a wrong size.
         """
         return self._owner.send(self._endpoint.endpoint_id, payload, destination, destination_address, source_service)
 
@@ -157,7 +158,9 @@ class Datagrams:
         self, endpoint_id: int, payload: bytes, destination: ServiceID, address: int, source: ServiceID | None
     ) -> int:
         """For the handles."""
-        errno = self._sal.send_datagram(endpoint_id, payload, destination, address, source)
+        errno = self._sal.send_datagram(
+            endpoint_id, payload, destination, self._host.now(), address, source
+        )
         self._host.run_effects()
         return errno
 

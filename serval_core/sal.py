@@ -137,11 +137,12 @@ class ServiceAccessLayer:
         endpoint_id: int,
         payload: bytes,
         destination: ServiceID,
+        now: float,
         address: int = 0,
         source: ServiceID | None = None,
     ) -> int:
         """Send an unconnected datagram; returns 0 or an errno. See `unconnected`."""
-        return self._unconnected.send(endpoint_id, payload, destination, address, source)
+        return self._unconnected.send(endpoint_id, payload, destination, address, source, now)
 
     def send_on_flow(self, flow_id: FlowID, payload: bytes) -> int:
         """Send a datagram in a UDP flow; returns 0 or an errno, EPIPE when there is no such flow any more."""
@@ -190,8 +191,11 @@ class ServiceAccessLayer:
     def send_failed(self, packet: bytes, errno: int, now: float) -> None:
         """Data plane: a packet of ours, or one that an ICMP error quotes the beginning of, was not delivered.
 
-        If it is a SYN, another instance is asked at once; an error never ends a connect by itself.
+        If it is a SYN, another instance is asked at once; an error never ends a connect by itself. If it is an
+        unconnected datagram, later ones go to another instance.
         """
+        if self._unconnected.undeliverable(packet, now):
+            return
         lost = undelivered(packet)
         flow = None if lost is None else self._core.flows.by_id.get(lost.flow_id)
         if lost is None or flow is None or flow.state is not State.REQUEST:
@@ -268,7 +272,7 @@ class ServiceAccessLayer:
             elif (reset := self._sent_resets.find(sal.dst_flow_id)) is not None:
                 self._sent_resets.receive(reset, sal)
             elif not self.forwarding.takes(ip, sal, broadcast):
-                self._unknown_flow(ip, sal, interface_index, broadcast)
+                self._unknown_flow(ip, sal, interface_index, broadcast, now)
         elif flow.state is State.REQUEST:
             self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
         elif flow.state is State.RESPOND:
@@ -284,7 +288,9 @@ class ServiceAccessLayer:
             return False
         return self.forwarding.takes(ip, sal, broadcast)
 
-    def _unknown_flow(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
+    def _unknown_flow(
+        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
+    ) -> None:
         """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).
 
         Broadcast ones are ignored as well: each host would answer, and an RST kills a prototype's socket.
@@ -293,7 +299,7 @@ class ServiceAccessLayer:
         control = sal.control
         if sal.services and self._unconnected.receive(ip, sal, interface_index):
             return
-        if self._unconnected.refused(ip, sal):
+        if self._unconnected.refused(ip, sal, now):
             return
         if sal.services and not broadcast and (control is None or not control.flags & (RST | SYN)):
             packet = answer_with_reset(ip, sal)

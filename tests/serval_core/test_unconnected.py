@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EADDRNOTAVAIL, EHOSTUNREACH, EINVAL, EMSGSIZE
+from errno import EADDRNOTAVAIL, EHOSTUNREACH, EINVAL, EMSGSIZE, ENOSPC
 from random import Random
 
 import pytest
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, defragment
 
-from serval_core.dataplane.memory_network import WIRE_INDEX, Faults, MemoryNetwork, MemoryPaths
+from serval_core.dataplane.memory_network import WIRE_INDEX, Faults, MemoryHost, MemoryNetwork, MemoryPaths
 from serval_core.effects import Datagram, DatagramRefused, DeliverDatagram, SendPacket
 from serval_core.errors import OurMistake
 from serval_core.names import DEFAULT_PREFIX, FlowID, ServiceID, parse_address, parse_service
-from serval_core.rules import Rule
+from serval_core.rules import Rule, RuleType
 from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_table import ServiceTable
 from serval_core.unconnected import PAYLOAD_BYTES_MAX, Endpoint, PayloadSize
@@ -32,6 +32,18 @@ ID_AND_CHECKSUM = (slice(4, 6), slice(10, 12))
 
 def bound(host: LoneHost, service: str = "700") -> Endpoint:
     return host.sal.bind_datagrams(parse_service(service))
+
+
+def send(
+    host: LoneHost | MemoryHost,
+    endpoint: Endpoint,
+    payload: bytes,
+    service_id: ServiceID,
+    address: int = 0,
+    source: ServiceID | None = None,
+) -> int:
+    now = host.now if isinstance(host, LoneHost) else host.network.now
+    return host.sal.send_datagram(endpoint.endpoint_id, payload, service_id, now, address, source)
 
 
 def datagram(
@@ -65,7 +77,7 @@ class RecordedHost:
     def sends(self, service: str, flow_id: int, payload: bytes, destination: ServiceID) -> bytes:
         endpoint = self.sal.bind_datagrams(parse_service(service))
         endpoint.flow_id = FlowID(flow_id)
-        assert self.sal.send_datagram(endpoint.endpoint_id, payload, destination) == 0
+        assert self.sal.send_datagram(endpoint.endpoint_id, payload, destination, 1.0) == 0
         (effect,) = self.sal.take_effects()
         assert isinstance(effect, SendPacket)
         return effect.packet
@@ -123,12 +135,11 @@ def test_a_refusal_is_told_and_ends_nothing() -> None:
     host = LoneHost()
     host.forward(REMOTE)
     endpoint = bound(host)
-    host.sal.send_datagram(endpoint.endpoint_id, b"one", SERVICE_ID)
+    send(host, endpoint, b"one", SERVICE_ID)
     host.effects()
-    refusal = SalPacket(0, endpoint.flow_id, PROTOCOL_UDP, Control(RST | ACK, 0, 0, NO_NONCE), (), (), b"")
-    host.receive(ipv4.emit(REMOTE, LOCAL, PROTOCOL_SAL, sal.emit(refusal)))
+    host.receive(refusal(endpoint, REMOTE))
     assert host.news(DatagramRefused) == [DatagramRefused(endpoint.endpoint_id, REMOTE)]
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"two", SERVICE_ID) == 0
+    assert send(host, endpoint, b"two", SERVICE_ID) == 0
     host.receive(datagram(services=(CLIENT_ID, SERVICE_ID)))
     assert len(delivered(host)) == 1
 
@@ -224,7 +235,7 @@ def test_each_datagram_is_resolved_anew() -> None:
     host.forward(REMOTE, OTHER)
     endpoint = bound(host)
     for _ in range(200):
-        host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID)
+        send(host, endpoint, b"x", SERVICE_ID)
     destinations = [packet.destination for packet in host.packets()]
     assert 60 < destinations.count(REMOTE) < 140
     assert set(destinations) == {REMOTE, OTHER}
@@ -233,9 +244,9 @@ def test_each_datagram_is_resolved_anew() -> None:
 def test_an_address_skips_resolution_and_does_not_stick() -> None:
     host = LoneHost()
     endpoint = bound(host)
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, OTHER) == 0
+    assert send(host, endpoint, b"x", SERVICE_ID, OTHER) == 0
     assert host.only_packet().destination == OTHER
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID) == EADDRNOTAVAIL
+    assert send(host, endpoint, b"x", SERVICE_ID) == EADDRNOTAVAIL
     assert host.packets() == []
 
 
@@ -243,11 +254,11 @@ def test_nowhere_to_go() -> None:
     host = LoneHost()
     endpoint = bound(host)
     host.table.add(Rule.drop(SERVICE))
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID) == EHOSTUNREACH
+    assert send(host, endpoint, b"x", SERVICE_ID) == EHOSTUNREACH
     host.table.add(Rule.forward(parse_service("800"), REMOTE))
     host.paths.up = False
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", parse_service("800").service_id) == EHOSTUNREACH
-    assert host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, OTHER) == EHOSTUNREACH
+    assert send(host, endpoint, b"x", parse_service("800").service_id) == EHOSTUNREACH
+    assert send(host, endpoint, b"x", SERVICE_ID, OTHER) == EHOSTUNREACH
     assert host.sal.counters["datagrams_without_way"] == 3
     assert host.packets() == []
 
@@ -257,10 +268,10 @@ def test_a_prefix_speaks_for_its_services_only() -> None:
     host.forward(REMOTE)
     endpoint = host.sal.bind_datagrams(parse_service("0xabcd:16"))
     member = parse_service("0xabcd01").service_id
-    host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, source=member)
+    send(host, endpoint, b"x", SERVICE_ID, source=member)
     assert host.only_packet().sal.services == (SERVICE_ID, member)
     with pytest.raises(OurMistake, match="not covered"):
-        host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID, source=CLIENT_ID)
+        send(host, endpoint, b"x", SERVICE_ID, source=CLIENT_ID)
 
 
 @pytest.mark.parametrize(("size", "errno"), [(0, EINVAL), (PAYLOAD_BYTES_MAX + 1, EMSGSIZE)])
@@ -269,7 +280,7 @@ def test_sizes_that_no_datagram_has(size: int, errno: int) -> None:
     host.forward(REMOTE)
     endpoint = bound(host)
     with pytest.raises(PayloadSize, match="datagram") as mistake:
-        host.sal.send_datagram(endpoint.endpoint_id, bytes(size), SERVICE_ID)
+        send(host, endpoint, bytes(size), SERVICE_ID)
     assert mistake.value.errno == errno
     assert host.packets() == []
 
@@ -283,7 +294,7 @@ def test_fragments_make_the_packet_again(size: int, mtu_bytes: int) -> None:
     host.sal = ServiceAccessLayer(SalSettings(), host.table, host.paths, Random(1))
     host.forward(REMOTE)
     payload = Random(size).randbytes(size)
-    host.sal.send_datagram(bound(host).endpoint_id, payload, SERVICE_ID)
+    send(host, bound(host), payload, SERVICE_ID)
     packets = [each.packet for each in host.effects() if isinstance(each, SendPacket)]
     assert max(map(len, packets)) <= mtu_bytes
     assert len(packets) == 1 or len(packets) >= (size + 112) // mtu_bytes
@@ -292,6 +303,89 @@ def test_fragments_make_the_packet_again(size: int, mtu_bytes: int) -> None:
     bound(receiver, "76568")
     receiver.receive(ipv4.emit(LOCAL, REMOTE, PROTOCOL_SAL, bytes(whole.payload)))
     assert [each.datagram.payload for each in delivered(receiver)] == [payload]
+
+
+def test_a_delayed_datagram_waits_until_the_service_is_known() -> None:
+    host = LoneHost()
+    host.table.add(Rule.delay(SERVICE))
+    endpoint = bound(host)
+    for payload in (b"first", b"second"):
+        assert send(host, endpoint, payload, SERVICE_ID) == 0
+    assert host.packets() == []
+    host.table.remove(SERVICE, RuleType.DELAY)
+    host.forward(REMOTE)
+    host.sal.release_delayed(SERVICE, host.now)
+    sent = [udp.parse(each.sal.transport, LOCAL, REMOTE).payload for each in host.packets()]
+    assert sent == [b"first", b"second"]
+    assert endpoint.waiting == set()
+
+
+def test_a_delayed_datagram_is_dropped_by_verdict_or_by_age() -> None:
+    host = LoneHost(SalSettings(delay_timeout_s=1.0))
+    host.table.add(Rule.delay(SERVICE))
+    endpoint = bound(host)
+    send(host, endpoint, b"x", SERVICE_ID)
+    host.sal.drop_delayed(SERVICE, host.now, "nobody knows it")
+    assert endpoint.waiting == set()
+    send(host, endpoint, b"x", SERVICE_ID)
+    host.advance(2.0)
+    assert endpoint.waiting == set()
+    assert len(host.sal.delayed) == 0
+    assert host.packets() == []
+
+
+def test_the_delay_queue_is_bounded_and_a_closed_endpoint_leaves_it() -> None:
+    host = LoneHost(SalSettings(delay_limit=2))
+    host.table.add(Rule.delay(SERVICE))
+    endpoint = bound(host)
+    outcomes = [send(host, endpoint, b"x", SERVICE_ID) for _ in range(3)]
+    assert outcomes == [0, 0, ENOSPC]
+    host.sal.close_datagrams(endpoint.endpoint_id)
+    assert len(host.sal.delayed) == 0
+
+
+def refusal(endpoint: Endpoint, source: int) -> bytes:
+    packet = SalPacket(0, endpoint.flow_id, PROTOCOL_UDP, Control(RST | ACK, 0, 0, NO_NONCE), (), (), b"")
+    return ipv4.emit(source, LOCAL, PROTOCOL_SAL, sal.emit(packet))
+
+
+def destinations(host: LoneHost, endpoint: Endpoint, count: int = 40) -> set[int]:
+    """Where so many datagrams go."""
+    for _ in range(count):
+        send(host, endpoint, b"x", SERVICE_ID)
+    return {packet.destination for packet in host.packets()}
+
+
+def test_an_instance_that_refused_is_passed_over_until_it_answers() -> None:
+    host = LoneHost()
+    host.forward(REMOTE, OTHER)
+    endpoint = bound(host)
+    assert destinations(host, endpoint) == {REMOTE, OTHER}
+    host.receive(refusal(endpoint, REMOTE))
+    assert destinations(host, endpoint) == {OTHER}
+    host.receive(datagram(services=(CLIENT_ID, SERVICE_ID)))
+    assert destinations(host, endpoint) == {REMOTE, OTHER}
+
+
+def test_a_refusal_by_somebody_who_was_not_asked_marks_nobody() -> None:
+    host = LoneHost()
+    host.forward(REMOTE, OTHER)
+    endpoint, bystander = bound(host), bound(host, "701")
+    assert destinations(host, endpoint) == {REMOTE, OTHER}
+    host.receive(refusal(bystander, REMOTE))
+    assert destinations(host, endpoint) == {REMOTE, OTHER}
+
+
+def test_an_instance_that_cannot_be_reached_is_passed_over() -> None:
+    host = LoneHost()
+    host.forward(REMOTE, OTHER)
+    endpoint = bound(host)
+    for _ in range(40):
+        send(host, endpoint, b"x", SERVICE_ID)
+    to_remote = next(each.packet for each in host.packets() if each.destination == REMOTE)
+    host.sal.send_failed(to_remote[:28], EHOSTUNREACH, host.now)
+    assert destinations(host, endpoint) == {OTHER}
+    assert host.sal.counters["datagrams_undeliverable"] == 1
 
 
 def test_random_endpoints_differ_and_nothing_is_bound_twice() -> None:
@@ -315,7 +409,7 @@ def test_a_closed_endpoint_is_gone() -> None:
     host.receive(datagram())
     assert delivered(host) == []
     for call in (
-        lambda: host.sal.send_datagram(endpoint.endpoint_id, b"x", SERVICE_ID),
+        lambda: send(host, endpoint, b"x", SERVICE_ID),
         lambda: host.sal.close_datagrams(endpoint.endpoint_id),
     ):
         with pytest.raises(OurMistake, match="no datagram endpoint"):
@@ -332,11 +426,12 @@ def test_on_a_bad_network_what_arrives_is_what_was_sent() -> None:
     asking = client.sal.bind_datagrams(None)
     answering = server.sal.bind_datagrams(SERVICE)
     for number in range(200):
-        client.sal.send_datagram(asking.endpoint_id, b"question %d" % number, SERVICE_ID)
+        send(client, asking, b"question %d" % number, SERVICE_ID)
         client.settle()
     network.run()
     for each in server.datagrams:
-        server.sal.send_datagram(answering.endpoint_id, b"answer to " + each.datagram.payload, each.datagram.source_service)
+        arrived = each.datagram
+        send(server, answering, b"answer to " + arrived.payload, arrived.source_service)
         server.settle()
     network.run()
     questions = {b"question %d" % number for number in range(200)}
@@ -352,7 +447,7 @@ def test_both_ends_on_one_host() -> None:
     network = MemoryNetwork(1)
     host = network.add_host(LOCAL)
     near, far = host.sal.bind_datagrams(None), host.sal.bind_datagrams(SERVICE)
-    assert host.sal.send_datagram(near.endpoint_id, b"here", SERVICE_ID) == 0
+    assert send(host, near, b"here", SERVICE_ID) == 0
     host.settle()
     network.run()
     ((endpoint_id, arrived),) = [(each.endpoint_id, each.datagram) for each in host.datagrams]
