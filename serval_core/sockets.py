@@ -102,6 +102,8 @@ class ServalSocket(system.socket):
         self._remote: ServiceAddress | None = None
         self.flow_id = 0
         """The local flowID of a connected socket, as `serval flows` shows it."""
+        self.failure = ""
+        """Why a connect that did not block has failed, when SO_ERROR has said that it did."""
         self.settimeout(system.getdefaulttimeout())
 
     # -- serving --------------------------------------------------------------------------------------------------
@@ -214,6 +216,7 @@ class ServalSocket(system.socket):
             except BlockingIOError:
                 return 0
             except OSError as error:
+                self.failure = error.strerror or ""
                 return error.errno
             finally:
                 self.settimeout(timeout)

@@ -59,7 +59,7 @@ class StackNotRunning(ServalError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no Serval stack runs in this network namespace: start one (serval-translator), or ask from the "
+            "no Serval stack runs in this network namespace: start servald or serval-translator, or ask from the "
             "namespace that it runs in (ip netns exec NAME ...)"
         )
 

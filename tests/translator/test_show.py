@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from serval_core.stack_socket import RequestFailed, StackSocketClient
-from translator.show import FILE_WIDTH, bytes_text, show
+from serval_core.tables import FILE_WIDTH, bytes_text
+from translator.show import show
 
 FLOW = {
     "flow_id": 7,

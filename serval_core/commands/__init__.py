@@ -1,0 +1,1 @@
+"""The subcommands of `serval`, by what they are about."""
