@@ -29,6 +29,13 @@ ANCHOR_MAC, OUTER_MAC = "02:53:41:4c:00:00", "02:53:41:4c:00:01"
 # Each flow has its MSS from the handshake, so the device never limits it.
 ANCHOR_MTU = 65000
 QUEUE_PACKETS = 4096
+# TCP remembers round trips and disorder by destination, and a virtual address stands for another peer each time: what one flow
+# measured must not become the first timeout of another. Locked, the round trip makes that timeout 1 s (RFC 6298, 2.1).
+RTAX_RTT, RTAX_RTTVAR, RTAX_SSTHRESH, RTAX_REORDERING = 4, 5, 6, 9
+ROUTE_METRICS = {
+    "lock": 1 << RTAX_RTT | 1 << RTAX_RTTVAR | 1 << RTAX_SSTHRESH | 1 << RTAX_REORDERING,
+    "rtt": 8 * 333,  # in 1/8 ms; the timeout is three times this
+}
 FILTER_PRIORITY = 0x5341
 FILTER_HANDLE = 0x5341
 NFT_TABLE = "serval"
@@ -146,7 +153,12 @@ class Devices:
         netlink.run(
             "add route",
             lambda ip: ip.route(
-                "add", dst=self._remote_network, oif=anchor, gateway=self._gateway, flags=["onlink"]
+                "add",
+                dst=self._remote_network,
+                oif=anchor,
+                gateway=self._gateway,
+                flags=["onlink"],
+                metrics=ROUTE_METRICS,
             ),
         )
         self._add_nft_table()
