@@ -63,7 +63,7 @@ class Entry:
     def forward(self, address: int) -> Target | None:
         """The FORWARD target with this address that is no broadcast."""
         for target in self.targets():
-            if target.address == address and not target.broadcast:
+            if target.address == address and target.type is RuleType.FORWARD and not target.broadcast:
                 return target
         return None
 

@@ -77,9 +77,9 @@ class ServiceEvents:
         self._sort()
 
         def unsubscribe() -> None:
-            if subscription in self._subscriptions:
-                self._subscriptions.remove(subscription)
-                self._sort()
+            # By identity: somebody else may have subscribed the same callback to the same kinds.
+            self._subscriptions = [each for each in self._subscriptions if each is not subscription]
+            self._sort()
 
         return unsubscribe
 
