@@ -104,12 +104,14 @@ class HostRole:
             self.withdraw(prefix, wall)
 
     def set_ways(self, ways: Iterable[Way], now: float, wall: float) -> None:
-        """Which routers there are and how they are reached. What is new or changed is told at once."""
+        """Which routers there are and how they are reached. What is new or changed is told at once.
+
+        A way that goes and comes back, as when an interface gets another address, leads to the same router,
+        which is told what replaces what.
+        """
         before, self._ways = self._ways, {way.key: way for way in ways}
         changed = [way for key, way in self._ways.items() if before.get(key) != way]
         for prefix, service in self._services.items():
-            for key in service.told.keys() - self._ways.keys():
-                del service.told[key]
             for way in changed:
                 self._register(prefix, service, way, wall)
             if changed:

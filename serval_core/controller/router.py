@@ -29,6 +29,7 @@ from serval_core.wire.registration_offer import Offer, Proof, parse_extension
 
 WRONG_SOURCE_SERVICE = "wrong_source_service"
 WRONG_SOURCE_ADDRESS = "wrong_source_address"
+FROM_UPSTREAM = "from_upstream_router"
 TOO_MANY_MESSAGES = "too_many_messages"
 TOO_MANY_FROM_HOST = "too_many_registrations_of_host"
 TOO_MANY = "too_many_registrations"
@@ -38,7 +39,7 @@ PRIORITY_TOO_HIGH = "priority_too_high"
 WEIGHT_TOO_HIGH = "weight_too_high"
 CONFLICT = "conflicting_rule"
 
-LIFETIME_MIN_S = 5.0
+LIFETIME_MIN_S = 1.0
 # A host may refresh everything it has at once (after an address change) without being taken for a flood.
 BURST_S = 2.0
 
@@ -60,7 +61,8 @@ class RouterLimits:
 
 class RegistrationRouter:
     """The router role of one stack. `control_services` are those of the control plane itself, which nobody
-    registers to any effect; `own_addresses` tells those of this host. `publish` gets news; `prefix_changed`
+    registers to any effect; `own_addresses` tells those of this host, `upstream_routers` the routers it registers
+    with, whose registrations would lead packets round in a circle. `publish` gets news; `prefix_changed`
     is called with a prefix and the sum of its instances' weights (0: none left).
     """
 
@@ -73,6 +75,7 @@ class RegistrationRouter:
         client_id: ServiceID,
         control_services: Collection[ServiceID],
         own_addresses: Callable[[], Collection[int]],
+        upstream_routers: Callable[[], Collection[int]],
         publish: Publish,
         prefix_changed: Callable[[ServicePrefix, int], None],
         now: float,
@@ -85,6 +88,7 @@ class RegistrationRouter:
         self._client_id = client_id
         self._control_services = frozenset(control_services)
         self._own_addresses = own_addresses
+        self._upstream_routers = upstream_routers
         self._publish = publish
         self.registrations = Registrations(
             table, directory, publish, prefix_changed, limits.clock_tolerance_s, now
@@ -123,6 +127,8 @@ class RegistrationRouter:
             self._refuse(WRONG_SOURCE_SERVICE, source)
         elif not is_unicast(source):
             self._refuse(WRONG_SOURCE_ADDRESS, source)
+        elif source in self._upstream_routers():
+            self._refuse(FROM_UPSTREAM, source)
         elif not self._buckets.take(source, now):
             self._refuse(TOO_MANY_MESSAGES, source)
         else:

@@ -68,6 +68,7 @@ class RouterSection(Struct, frozen=True, forbid_unknown_fields=True):
     enabled: bool = False
     directory: Text = DEFAULT_DIRECTORY
     advertise: bool = True
+    announced_s: Annotated[float, Meta(ge=1, le=600)] = 60.0  # how long hosts rely on an answer
     key: Text | None = None
     expiry_s: Seconds = 50.0  # of registrations that name no lifetime (SPEC 7.4)
     lifetime_max_s: Seconds = 300.0

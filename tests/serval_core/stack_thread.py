@@ -8,9 +8,9 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from lab.hosts import Host
 from serval_core.connection import Connection, Listener
@@ -78,6 +78,10 @@ class StackThread:
             return function()
 
         return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result(TIMEOUT_S)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the stack's loop, to its end."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT_S)
 
     def forward(self, service: str, address: str) -> None:
         """Add a FORWARD rule."""

@@ -20,6 +20,7 @@ from serval_core.wire.control_messages import MessageType, Registration, emit_re
 CLIENT_ID = ServiceID.from_number(55555)
 ROUTER_ID = ServiceID.from_number(88888)
 ROUTER = parse_address("10.0.0.254")
+UPSTREAM = parse_address("10.9.9.254")
 HOST = parse_address("10.0.0.1")
 OTHER = parse_address("10.0.0.2")
 SERVICE = parse_service("76568")
@@ -52,6 +53,7 @@ class Router:
             CLIENT_ID,
             (CLIENT_ID, ROUTER_ID),
             lambda: (ROUTER,),
+            lambda: (UPSTREAM,),
             lambda kind, **fields: self.news.append((kind, fields)),
             lambda prefix, weight: self.weights.append((prefix, weight)),
             self.now,

@@ -13,7 +13,7 @@ from serval_core.rules import Rule, RuleType
 from serval_core.wire import control_messages, registration_offer
 from serval_core.wire.registration_offer import Offer, emit_extension
 
-from .memory import HOST, OTHER, ROUTER, ROUTER_ID, SERVICE, Host, Router, register, unregister
+from .memory import HOST, OTHER, ROUTER, ROUTER_ID, SERVICE, UPSTREAM, Host, Router, register, unregister
 
 EXPIRY_S = 50
 
@@ -51,10 +51,10 @@ def test_instances_of_one_service_come_and_go_one_by_one() -> None:
 
 def test_a_requested_lifetime_is_honoured_within_limits() -> None:
     router = Router(lifetime_max_s=100.0)
-    for last, lifetime_s in ((1, 20), (2, 1), (3, 10_000)):
+    for last, lifetime_s in ((1, 20), (2, 0), (3, 10_000)):
         payload = register() + emit_extension(Offer(1, 1, lifetime_s))
         router.receive(payload, parse_address(f"10.0.0.{last}"))
-    for at_s, left in ((4, 3), (6, 2), (19, 2), (21, 1), (99, 1), (101, 0)):
+    for at_s, left in ((0.5, 3), (2, 2), (19, 2), (21, 1), (99, 1), (101, 0)):
         router.advance(at_s - (router.now - 1000))
         assert len(router.rules()) == left
 
@@ -143,7 +143,12 @@ def test_senders_that_are_none_are_refused_or_ignored() -> None:
     router.receive(register(), HOST, ROUTER_ID)
     router.receive(register(), parse_address("10.0.0.255") | 0xE0000000)
     router.receive(register(), ROUTER)
-    assert router.refusals() == {reasons.WRONG_SOURCE_SERVICE: 1, reasons.WRONG_SOURCE_ADDRESS: 1}
+    router.receive(register(), UPSTREAM)
+    assert router.refusals() == {
+        reasons.WRONG_SOURCE_SERVICE: 1,
+        reasons.WRONG_SOURCE_ADDRESS: 1,
+        reasons.FROM_UPSTREAM: 1,
+    }
     assert router.role.counters["own_messages"] == 1
     assert router.rules() == set()
 
