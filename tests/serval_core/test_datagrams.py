@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 from collections.abc import Iterator
-from errno import EADDRNOTAVAIL
+from errno import EADDRNOTAVAIL, ECONNABORTED, ECONNRESET, EPIPE, ETIMEDOUT
 
 import pytest
 
 from lab.hosts import Host, Lab
-from serval_core.datagrams import PAYLOAD_BYTES_MAX, Datagram, DatagramEndpoint
+from lab.waiting import wait_for
+from serval_core.datagrams import FLOW_PAYLOAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Datagram, DatagramFlow
 from serval_core.errors import OurMistake
-from serval_core.names import ServiceID, parse_address, parse_service
+from serval_core.names import parse_address, parse_service
+from serval_core.sal_settings import SalSettings
+from tests.serval_core.datagram_ends import SOON_S, AcceptingEnds, Bound, connect
 from tests.serval_core.stack_thread import StackThread
 
 SERVICE = parse_service("76568")
 SERVICE_ID = SERVICE.service_id
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.1.0.1", "10.1.0.2"
-SOON_S = 20.0
+QUICK = SalSettings(connect_timeout_s=1.0, time_wait_s=0.2, fin_wait2_s=0.5)
 
 
 @pytest.fixture
@@ -29,29 +33,8 @@ def wire(lab: Lab) -> tuple[Host, Host]:
 
 @pytest.fixture
 def stacks(wire: tuple[Host, Host]) -> Iterator[tuple[StackThread, StackThread]]:
-    with StackThread(wire[0]) as client, StackThread(wire[1]) as server:
+    with StackThread(wire[0], sal=QUICK) as client, StackThread(wire[1], sal=QUICK) as server:
         yield client, server
-
-
-class Bound:
-    """An endpoint whose datagrams are taken with `receive()`."""
-
-    def __init__(self, owner: StackThread, service: str | None = None) -> None:
-        self._owner = owner
-        self.received: queue.Queue[Datagram] = queue.Queue()
-        self.refused: queue.Queue[int] = queue.Queue()
-        prefix = None if service is None else parse_service(service)
-        self.endpoint: DatagramEndpoint = owner.call(
-            lambda: owner.stack.datagrams.bind(prefix, self.received.put)
-        )
-        self.endpoint.on_refused = self.refused.put
-
-    def send(self, payload: bytes, destination: ServiceID, address: str = "") -> int:
-        number = parse_address(address) if address else 0
-        return self._owner.call(lambda: self.endpoint.send(payload, destination, number))
-
-    def receive(self) -> Datagram:
-        return self.received.get(timeout=SOON_S)
 
 
 def test_question_and_answer_with_nothing_configured(stacks: tuple[StackThread, StackThread]) -> None:
@@ -144,3 +127,120 @@ def test_an_endpoint_may_close_itself_from_its_callback(stacks: tuple[StackThrea
 def test_without_any_rule_the_caller_is_told(wire: tuple[Host, Host]) -> None:
     with StackThread(wire[0], broadcast=False) as client:
         assert Bound(client).send(b"question", SERVICE_ID) == EADDRNOTAVAIL
+
+
+def discard(_outcome: int) -> None:
+    """For callbacks that are to return nothing."""
+
+
+def has_no_flows(stack: StackThread) -> bool:
+    return not stack.flows()
+
+
+def assert_idle(*stacks: StackThread) -> None:
+    """No flow and no map entry: waits, because the last packets of a close are under way."""
+    for stack in stacks:
+        wait_for(functools.partial(has_no_flows, stack), "all flows are gone")
+        assert stack.counters()["flow_map_entries"] == 0
+
+
+def test_a_flow_carries_datagrams_both_ways_and_closes(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = AcceptingEnds(server, "0x0001:16")
+    near = connect(client, "76568")
+    far = listener.accept()
+    assert far.flow.service_id == SERVICE_ID
+    assert near.flow.peer_address == far.flow.local_address == parse_address(SERVER_ADDRESS)
+    for size in (1, 1460, 1461, 20000, FLOW_PAYLOAD_BYTES_MAX):
+        payload = bytes(number % 251 for number in range(size))
+        assert near.send(payload) == 0
+        assert far.receive() == payload
+        assert far.send(payload[::-1]) == 0
+        assert near.receive() == payload[::-1]
+    (listed,) = client.flows()
+    assert (listed["protocol"], listed["packets_out"], listed["packets_in"]) == ("UDP", 5, 5)
+    near.close()
+    assert far.ending() == 0
+    assert far.send(b"the client does not listen any more") == 0
+    far.close()
+    assert near.send(b"x") == EPIPE
+    assert_idle(client, server)
+
+
+def test_flows_of_one_stack_with_itself(stacks: tuple[StackThread, StackThread]) -> None:
+    alone, _ = stacks
+    listener = AcceptingEnds(alone, "76568")
+    near = connect(alone, "76568")
+    far = listener.accept()
+    near.send(bytes(30000))
+    assert far.receive() == bytes(30000)
+    far.send(b"answer")
+    assert near.receive() == b"answer"
+    near.close()
+    assert far.ending() == 0
+    far.close()
+    assert_idle(alone)
+
+
+def test_an_abort_is_a_reset_for_the_peer(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    listener = AcceptingEnds(server, "76568")
+    near = connect(client, "76568")
+    far = listener.accept()
+    near.abort()
+    assert far.ending() == ECONNRESET
+    far.close()
+    assert_idle(client, server)
+
+
+def test_many_flows_at_once_do_not_mix(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+
+    def echo(flow: DatagramFlow) -> None:
+        flow.on_datagram = lambda payload: discard(flow.send(payload))
+        flow.on_ended = lambda _errno: flow.close()
+
+    listener = server.call(lambda: server.stack.datagrams.listen(SERVICE, echo))
+    ends = [connect(client, "76568") for _ in range(50)]
+    for number, end in enumerate(ends):
+        end.send(b"%d" % number)
+    assert [int(end.receive()) for end in ends] == list(range(50))
+    for end in ends:
+        end.close()
+    assert_idle(client, server)
+    server.call(listener.close)
+
+
+def test_nobody_answers(stacks: tuple[StackThread, StackThread]) -> None:
+    """Neither without a listener nor with one for streams."""
+    client, server = stacks
+    server.listen("76568")
+    for service in ("76568", "600"):
+        with pytest.raises(OSError, match="no answer") as failure:
+            connect(client, service)
+        assert failure.value.errno == ETIMEDOUT
+
+
+def test_a_cancelled_connect_is_forgotten(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    told: queue.Queue[object] = queue.Queue()
+
+    def begin_and_cancel() -> None:
+        pending = client.stack.datagrams.connect(SERVICE_ID, told.put, lambda *failure: told.put(failure))
+        pending.cancel()
+        pending.cancel()
+
+    client.call(begin_and_cancel)
+    assert_idle(client, server)
+    assert told.empty()
+
+
+def test_stopping_the_stack_resets_its_flows(wire: tuple[Host, Host]) -> None:
+    with StackThread(wire[1], sal=QUICK) as server:
+        listener = AcceptingEnds(server, "76568")
+        with StackThread(wire[0], sal=QUICK) as client:
+            connect(client, "76568")
+            far = listener.accept()
+        assert far.ending() in (ECONNRESET, ECONNABORTED)
+        far.close()
+        assert_idle(server)
