@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 from translator_pair import (
@@ -56,17 +59,40 @@ def test_a_service_without_any_rule_is_refused_at_once(pair: Pair) -> None:
     assert pair.dial_in_vain() == "reset"
 
 
-def test_an_unknown_service_is_a_reset_after_the_timeout_and_nothing_hangs(pair: Pair) -> None:
-    """No stack runs at the far host: nobody answers the SYN."""
+@contextlib.contextmanager
+def silence(pair: Pair) -> Iterator[None]:
+    """The far host drops what nobody there listens to, instead of saying so."""
+    pair.far.run(["nft", "add table ip quiet; add chain ip quiet in { type filter hook input priority 0; }"])
+    pair.far.run(["nft", "add rule ip quiet in ip protocol 144 drop"])
+    try:
+        yield
+    finally:
+        pair.far.run(["nft", "delete table ip quiet"])
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "why"),
+    [
+        (silence, "ETIMEDOUT", "no answer to the SYNs"),
+        (contextlib.nullcontext, "EHOSTUNREACH", "10.9.0.2 cannot be reached: ENOPROTOOPT"),
+    ],
+    ids=["silent", "unreachable"],
+)
+def test_an_unknown_service_is_a_reset_after_the_timeout_and_nothing_hangs(
+    pair: Pair, behaviour: Callable[[Pair], AbstractContextManager[object]], error: str, why: str
+) -> None:
+    """No stack runs at the far host. Its kernel's ICMP is a reason, but not the end: others may answer."""
     forward = pair.forward("--connect-timeout", "0.7")
     started_s = time.monotonic()
-    assert pair.dial_in_vain() == "reset"
+    with behaviour(pair):
+        assert pair.dial_in_vain() == "reset"
     assert time.monotonic() - started_s >= 0.7
     wait_counter(forward, "clients", 0)
-    assert forward.ask("translator_counters")["refused_ETIMEDOUT"] == 1
+    assert forward.ask("translator_counters")[f"refused_{error}"] == 1
     assert only_map(forward)["refused"] == 1
     assert forward.flows() == []
     assert "a client could not reach its service" in forward.log()
+    assert why in forward.log()
 
 
 def test_an_unknown_service_can_be_a_close_instead(pair: Pair) -> None:
