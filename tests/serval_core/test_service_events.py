@@ -70,7 +70,12 @@ def test_a_defective_subscriber_costs_nobody_else_anything() -> None:
 def test_a_subscriber_may_leave_while_it_is_told() -> None:
     events, errors = events_and_errors()
     seen: list[str] = []
-    end = events.subscribe(lambda event: (seen.append("once"), end()))
+
+    def once(event: Event) -> None:
+        seen.append("once")
+        end()
+
+    end = events.subscribe(once)
     events.subscribe(lambda event: seen.append("always"))
     events.publish("delayed")
     events.publish("delayed")
