@@ -24,7 +24,7 @@ OnClient = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None
 
 async def connect(address: Any) -> ServalSocket:
     """A connected socket that does not block. OSError as `ServalSocket.connect`; cancelling gives up."""
-    connection = sockets.socket()
+    connection = ServalSocket()
     try:
         connection.setblocking(False)
         code = connection.connect_ex(address)

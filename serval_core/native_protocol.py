@@ -24,11 +24,13 @@ HOLD = b"\0" * 3000
 HOLD_SEND_BUFFER_BYTES = 2304
 MESSAGE_LIMIT_BYTES = 1024  # of JSON
 
-# A datagram: marker, IPv4 address in host order (0: none), interface index, serviceID of the other end; the payload follows.
-DATAGRAM = struct.Struct("=cII32s")
+# A datagram: marker, IPv4 address of the other end in host order (0: none), interface index, serviceIDs of the other end and of
+# ours (all zero: does not matter); the payload follows.
+DATAGRAM = struct.Struct("=cII32s32s")
 DATAGRAM_MARK = b"D"
 JSON_MARK = ord("{")
 DATAGRAM_LIMIT_BYTES = 65535 - 20 - 12 - 72 - 8  # IPv4, SAL with two SERVICE extensions, UDP
+FLOW_DATAGRAM_LIMIT_BYTES = 65535 - 20 - 12 - 8  # IPv4, SAL, UDP
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -21,11 +21,13 @@ import structlog
 
 from serval_core.access_policy import AccessPolicy, Action, Program
 from serval_core.connection import Connection, Listener, PendingConnect
+from serval_core.datagrams import DatagramEndpoint, DatagramFlow, DatagramListener, PendingDatagramFlow
 from serval_core.errors import KernelRefused, OurMistake
 from serval_core.names import DEFAULT_SERVICE, ServiceID, ServicePrefix
+from serval_core.native_datagrams import MESSAGE_LIMIT_BYTES, NativeDatagrams
 from serval_core.native_protocol import (
-    DATAGRAM,
-    DATAGRAM_LIMIT_BYTES,
+    DATAGRAM_MARK,
+    HOLD,
     NATIVE_SOCKET_ADDRESS,
     Reply,
     Request,
@@ -83,9 +85,9 @@ class Client:
         self.events = select.EPOLLIN | select.EPOLLRDHUP
         self.bound: ServicePrefix | None = None
         self.listener: Listener | None = None
-        self.pending: PendingConnect | None = None
+        self.pending: PendingConnect | PendingDatagramFlow | None = None
         self.waiting: deque[Connection] = deque()  # accepted, not handed over yet
-        self.datagram_end: object = None
+        self.datagram_end: DatagramEndpoint | DatagramFlow | DatagramListener | None = None
         self.closed = False
 
 
@@ -100,7 +102,7 @@ class NativeService:
         self._clients: dict[int, Client] = {}
         self._sockets_of_user: dict[int, int] = {}
         self._bound: dict[ServicePrefix, Client] = {}
-        self._buffer = bytearray(DATAGRAM.size + DATAGRAM_LIMIT_BYTES + 1)
+        self._buffer = bytearray(MESSAGE_LIMIT_BYTES)
         self.counters = {
             "sockets": 0,
             "accepted": 0,
@@ -110,6 +112,7 @@ class NativeService:
             "malformed": 0,
             "accept_failures": 0,
         }
+        self._datagrams = NativeDatagrams(stack, self)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -158,11 +161,15 @@ class NativeService:
             with connection, contextlib.suppress(OSError):
                 connection.send(_refusal(errno.EMFILE, f"uid {peer.uid} has {used} Serval sockets, its limit is {limit}"))
             return
-        self._sockets_of_user[peer.uid] = used + 1
+        self._serve(connection, program)
+
+    def _serve(self, connection: socket.socket, program: Program) -> Client:
+        self._sockets_of_user[program.uid] = self._sockets_of_user.get(program.uid, 0) + 1
         self.counters["sockets"] += 1
         client = self._clients[connection.fileno()] = Client(connection, program)
         assert self._epoll is not None
         self._epoll.register(connection.fileno(), client.events)
+        return client
 
     def _resume_accepting(self) -> None:
         if self._listener is not None:
@@ -184,6 +191,8 @@ class NativeService:
             client.pending.cancel()
         if client.listener is not None:
             client.listener.close()
+        if client.datagram_end is not None:
+            client.datagram_end.close()
         while client.waiting:
             client.waiting.popleft().abort()
         if client.bound is not None:
@@ -223,29 +232,34 @@ class NativeService:
             return
         message = bytes(memoryview(self._buffer)[:size])
         try:
-            self._request(client, decode_request(message))
+            if message[:1] == DATAGRAM_MARK:
+                self._datagrams.send(client, message)
+            elif message != HOLD:  # behind a connect that was refused at once
+                self._request(client, decode_request(message))
         except Refused as refusal:
-            self._answer(client, _refusal(refusal.errno, str(refusal)))
+            self.answer(client, _refusal(refusal.errno, str(refusal)))
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OurMistake) as mistake:
             self.counters["malformed"] += 1
-            self._answer(client, _refusal(errno.EINVAL, str(mistake)))
+            self.answer(client, _refusal(errno.EINVAL, str(mistake)))
 
     def _request(self, client: Client, request: Request) -> None:
         if client.listener is not None or client.pending is not None:
             raise Refused(errno.EINVAL, "this socket listens or connects already")
+        kind = self._datagrams if request.datagrams else self
         if request.request == "bind":
-            self._bind(client, request)
+            kind.bind(client, request)
         elif request.request == "listen":
-            self._listen(client, request)
+            kind.listen(client, request)
         else:
-            self._connect(client, request)
+            kind.connect(client, request)
 
-    def _bind(self, client: Client, request: Request) -> None:
+    def bind(self, client: Client, request: Request) -> None:
+        """Reserve a prefix for a stream socket."""
         if client.bound is not None:
             raise Refused(errno.EINVAL, f"this socket is bound to {client.bound}")
         if request.service:
             prefix = request.prefix()
-            self._check(client, "bind", prefix)
+            self.check(client, "bind", prefix)
         else:
             prefix = ServicePrefix.of(ServiceID(os.urandom(32)))
         if prefix in self._bound or prefix in self._stack.table.bound():
@@ -254,9 +268,10 @@ class NativeService:
             raise Refused(errno.EINVAL, "nothing can be bound to the default service (all zeros)")
         client.bound = prefix
         self._bound[prefix] = client
-        self._answer(client, encode(Reply(service=prefix.service_id.hex(), bits=prefix.bits)))
+        self.answer(client, encode(Reply(service=prefix.service_id.hex(), bits=prefix.bits)))
 
-    def _listen(self, client: Client, request: Request) -> None:
+    def listen(self, client: Client, request: Request) -> None:
+        """Accept streams."""
         if client.bound is None:
             raise Refused(errno.EDESTADDRREQ, "bind the socket to a serviceID before it listens")
         backlog = min(max(request.backlog, 1), BACKLOG_LIMIT)
@@ -269,25 +284,31 @@ class NativeService:
         except OurMistake as mistake:
             raise Refused(errno.EADDRINUSE, str(mistake)) from None
         client.listener.holds_backlog = True
-        self._answer(client, encode(Reply()))
+        self.answer(client, encode(Reply()))
 
-    def _connect(self, client: Client, request: Request) -> None:
-        prefix = request.prefix()
-        self._check(client, "connect", prefix)
-        uid = client.program.uid
+    def connect(self, client: Client, request: Request) -> None:
+        """Open a stream."""
+        service_id = self.begin_connect(client, request)
+        client.pending = self._stack.connect(
+            service_id,
+            lambda connection: self._connected(client, connection),
+            lambda code, why: self.connect_failed(client, code, why),
+            request.destination,
+        )
+
+    def begin_connect(self, client: Client, request: Request) -> ServiceID:
+        """Check a connect, and wait for its outcome; the service to connect to. Raises Refused."""
+        prefix, uid = request.prefix(), client.program.uid
+        self.check(client, "connect", prefix)
         if not self.policy.trusts(client.program) and self._stack.unattended.flows_of(uid) >= USER_FLOW_LIMIT:
             self.counters["refused_by_limit"] += 1
             raise Refused(errno.ENFILE, f"uid {uid} has {USER_FLOW_LIMIT} Serval connections, which is the limit")
         if request.hold:
             self._watch(client, select.EPOLLRDHUP)
-        client.pending = self._stack.connect(
-            prefix.service_id,
-            lambda connection: self._connected(client, connection),
-            lambda code, why: self._connect_failed(client, code, why),
-            request.destination,
-        )
+        return prefix.service_id
 
-    def _check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
+    def check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
+        """Raise Refused if the policy says so."""
         sentence = self.policy.refusal(client.program, action, prefix)
         if sentence is not None:
             self.counters["refused_by_policy"] += 1
@@ -301,18 +322,33 @@ class NativeService:
             handed_over = not client.closed and self._hand_over(client, connection)
         except BlockingIOError:
             handed_over = False
-            self._answer(client, _refusal(errno.EMFILE, "too many descriptors are on their way to programs"))
+            self.answer(client, _refusal(errno.EMFILE, "too many descriptors are on their way to programs"))
         if handed_over:
             self.counters["connected"] += 1
         else:
             connection.abort()
         self._end_hold(client)
 
-    def _connect_failed(self, client: Client, code: int, why: str) -> None:
+    def connect_failed(self, client: Client, code: int, why: str) -> None:
+        """Tell the program."""
         client.pending = None
         if not client.closed:
-            self._answer(client, _refusal(code, why))
+            self.answer(client, _refusal(code, why))
             self._end_hold(client)
+
+    def connected(self, client: Client, reply: bytes) -> None:
+        """Tell a program whose datagram socket is connected."""
+        self.counters["connected"] += 1
+        self.answer(client, reply)
+        self._end_hold(client)
+
+    def adopt(self, connection: socket.socket, like: Client) -> Client:
+        """Serve another socket of the same program."""
+        return self._serve(connection, like.program)
+
+    def refuse(self, code: int, sentence: str) -> Refused:
+        """The exception for a request that is answered with an errno."""
+        return Refused(code, sentence)
 
     def _end_hold(self, client: Client) -> None:
         """Read the HOLD message, which makes the program's end writable."""
@@ -367,7 +403,8 @@ class NativeService:
         connection.handed_over(Holder(client.program.pid, client.program.uid))
         return True
 
-    def _answer(self, client: Client, message: bytes) -> None:
+    def answer(self, client: Client, message: bytes) -> None:
+        """Tell the program; one that does not take it is dropped."""
         try:
             client.socket.send(message)
         except OSError:

@@ -16,6 +16,7 @@ from serval_core import sockets
 from serval_core.sockets import ServalSocket
 from tests.serval_core.stack_thread import StackThread
 
+S = TypeVar("S", bound=system.socket)
 T = TypeVar("T")
 SERVICE = "76568"
 TIMEOUT_S = 20.0
@@ -27,9 +28,9 @@ class NativeHosts:
     def __init__(self, near: StackThread, far: StackThread) -> None:
         self.near = near
         self.far = far
-        self._sockets: list[ServalSocket] = []
+        self._sockets: list[system.socket] = []
 
-    def on(self, stack: StackThread, make: Callable[[], ServalSocket]) -> ServalSocket:
+    def on(self, stack: StackThread, make: Callable[[], S]) -> S:
         """Make a socket on a host; it may be used from anywhere."""
         made = stack.host.call(make)
         made.settimeout(TIMEOUT_S)
@@ -38,7 +39,7 @@ class NativeHosts:
 
     def socket(self) -> ServalSocket:
         """An unconnected socket of the client's."""
-        return self.on(self.near, sockets.socket)
+        return self.on(self.near, ServalSocket)
 
     def server(self, service: str = SERVICE, backlog: int = 128) -> ServalSocket:
         """A listening socket of the server's."""

@@ -87,7 +87,7 @@ def test_listener_is_readable_when_a_connection_waits(hosts: NativeHosts) -> Non
 def test_backlog_waits_until_the_program_accepts(hosts: NativeHosts) -> None:
     """Far more connections than the program's queue in the kernel holds: none is lost, and each has its data."""
     server = hosts.server(backlog=4)
-    clients = [hosts.on(hosts.near, sockets.socket) for _ in range(16)]
+    clients = [hosts.socket() for _ in range(16)]
     for client in clients:
         client.setblocking(False)
         assert client.connect_ex(SERVICE) == errno.EINPROGRESS
