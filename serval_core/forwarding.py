@@ -6,14 +6,16 @@ one hop less to live, and this host's address appended to the SOURCE extension. 
 straight to the client, and everything after it too, so a router keeps no state of flows.
 
 Of the table's targets those are never chosen that cannot be meant: this host, whoever has had the packet
-before, and broadcast addresses. What nobody is left for stays here, as if forwarding were off.
+before, and broadcast addresses. What nobody is left for stays here, as if forwarding were off. What a DELAY
+rule holds is dispatched anew when somebody has said where the service is.
 
 `dataplane.router` does the same faster for what is common. This file is what it is compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
@@ -37,19 +39,35 @@ _TCP_CHECKSUM_AT = 16
 _UDP_CHECKSUM_AT = 6
 
 
+Dispatch = Callable[[IPv4Packet, SalPacket, int, bool, float], None]
+
+
+class _SynOfOthers(NamedTuple):
+    """What tells one client's SYN from another's."""
+
+    source: int
+    flow_id: int
+    nonce: bytes
+
+
 class Forwarding:
     """Forwards for one host. `enabled` may be switched at any time."""
 
-    __slots__ = ("_broadcast", "_core", "_interfaces", "_own", "enabled")
+    __slots__ = ("_broadcast", "_core", "_dispatch", "_interfaces", "_own", "_waiting", "enabled")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, dispatch: Dispatch) -> None:
+        """`dispatch(ip, sal, interface_index, broadcast, now)` takes packets that have waited."""
         self._core = core
+        self._dispatch = dispatch
+        self._waiting: set[_SynOfOthers] = set()
         self.enabled = core.settings.forwarding
         self._interfaces: Sequence[Interface] = ()
         self._own: frozenset[int] = frozenset()
         self._broadcast: frozenset[int] = frozenset()
 
-    def takes(self, ip: IPv4Packet, sal: SalPacket, broadcast: bool) -> bool:
+    def takes(
+        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
+    ) -> bool:
         """Whether the packet, of no flow of this host, is not for this host and has been dealt with.
 
         Raises TheirMistake when it must not go any further.
@@ -67,6 +85,9 @@ class Forwarding:
             )
             if rule_type is RuleType.DROP:
                 raise TheirMistake("drop_rule")
+            if rule_type is RuleType.DELAY:
+                self._delay(ip, sal, interface_index, now)
+                return True
             if rule_type is not RuleType.FORWARD:
                 return False
             if not targets or targets[0].broadcast:
@@ -91,6 +112,34 @@ class Forwarding:
         for packet in ipv4.fragments(rewrite(ip, sal, address), path.mtu_bytes):
             core.effects.append(SendPacket(packet, address, path.interface_index))
         core.counters["packets_forwarded"] += 1
+
+    def _delay(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, now: float) -> None:
+        """Let the packet wait; but a SYN that is repeated meanwhile only once, or each copy might go elsewhere."""
+        syn = None
+        if sal.control is not None:
+            syn = _SynOfOthers(ip.source, sal.src_flow_id, sal.control.nonce)
+            if syn in self._waiting:
+                raise TheirMistake("repeated_while_delayed")
+
+        def leave() -> None:
+            if syn is not None:
+                self._waiting.discard(syn)
+
+        def resume(now: float) -> None:
+            leave()
+            try:
+                self._dispatch(ip, sal, interface_index, False, now)
+            except TheirMistake as mistake:
+                self._core.drop(mistake.reason)
+
+        def end(reason: str, now: float) -> None:
+            leave()
+            self._core.drop("delayed")
+
+        if self._core.delayed.park(sal.services[0], "forwarded", resume, end, now) is None:
+            raise TheirMistake("delayed")
+        if syn is not None:
+            self._waiting.add(syn)
 
     def _own_addresses(self) -> frozenset[int]:
         interfaces = self._core.paths.interfaces()

@@ -55,7 +55,7 @@ class ServiceAccessLayer:
         self._sent_resets = SentResets(self._core)
         self._close = Close(self._core, self._sent_resets, self._connected_datagrams)
         self._unconnected = Unconnected(self._core)
-        self.forwarding = Forwarding(self._core)
+        self.forwarding = Forwarding(self._core, self._dispatch)
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
         self._core.prepare_steps()
         self.counters = self._core.counters
@@ -260,7 +260,9 @@ class ServiceAccessLayer:
     ) -> None:
         control = sal.control
         if control is not None and control.flags == SYN:
-            if self.forwarding.enabled and self._forwards_syn(ip, sal, broadcast):
+            if self.forwarding.enabled and self._forwards_syn(
+                ip, sal, interface_index, broadcast, now
+            ):
                 return
             self._passive_open.syn_received(ip, sal, interface_index, broadcast, now)
             return
@@ -271,7 +273,7 @@ class ServiceAccessLayer:
                 self._close.time_wait_received(record, sal)
             elif (reset := self._sent_resets.find(sal.dst_flow_id)) is not None:
                 self._sent_resets.receive(reset, sal)
-            elif not self.forwarding.takes(ip, sal, broadcast):
+            elif not self.forwarding.takes(ip, sal, interface_index, broadcast, now):
                 self._unknown_flow(ip, sal, interface_index, broadcast, now)
         elif flow.state is State.REQUEST:
             self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
@@ -280,13 +282,15 @@ class ServiceAccessLayer:
         else:
             self._close.receive(flow, ip, sal, now)
 
-    def _forwards_syn(self, ip: IPv4Packet, sal: SalPacket, broadcast: bool) -> bool:
+    def _forwards_syn(
+        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
+    ) -> bool:
         """Whether a SYN went on to another host. One that this host has begun to answer stays here."""
         assert sal.control is not None
         client = sal.source_addresses[0] if sal.source_addresses else ip.source
         if SynKey(client, sal.src_flow_id, sal.control.nonce) in self._core.flows.by_syn:
             return False
-        return self.forwarding.takes(ip, sal, broadcast)
+        return self.forwarding.takes(ip, sal, interface_index, broadcast, now)
 
     def _unknown_flow(
         self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float

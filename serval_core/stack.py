@@ -23,6 +23,7 @@ from serval_core.connection import Connection, Listener, OnAccept, OnConnected, 
 from serval_core.datagrams import Datagrams, Host
 from serval_core.dataplane import tcp_repair
 from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
+from serval_core.dataplane.router import Router
 from serval_core.effects import (
     Accepted,
     CloseTransport,
@@ -87,6 +88,7 @@ class ServalStack:
     unattended: UnattendedFlows
     _sal: ServiceAccessLayer
     datagrams: Datagrams
+    router: Router
     services: StackServices
 
     def __init__(self, settings: StackSettings) -> None:
@@ -163,6 +165,14 @@ class ServalStack:
         )
         stack._carry_out[Happened] = stack.services.happened
         stack._update_broadcast_rules()
+        stack.router = Router(
+            stack.table,
+            stack._dataplane,
+            stack._loop.call_later,
+            stack.settings.dataplane.forward_in_kernel,
+        )
+        stack.on_host_change(stack.router.host_changed)
+        stack.forwarding = stack.settings.sal.forwarding
         stack.unattended = UnattendedFlows(
             stack._dataplane, stack._sal, stack._take_events, stack._run_effects
         )
@@ -196,6 +206,7 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.neighbours.fileno())
         if self._timer is not None:
             self._timer.cancel()
+        self.router.stop()
         self._dataplane.close()
         self.stack_socket.close()
 
@@ -228,6 +239,10 @@ class ServalStack:
     @forwarding.setter
     def forwarding(self, enabled: bool) -> None:
         self._sal.forwarding.enabled = enabled
+        if enabled:
+            self.router.start()
+        else:
+            self.router.stop()
 
     @property
     def broadcast_resolution(self) -> bool:
@@ -288,6 +303,7 @@ class ServalStack:
             **{f"delay_{name}": count for name, count in self.services.delay_counters().items()},
             **{f"stack_socket_{name}": count for name, count in self.stack_socket.counters.items()},
             **self._dataplane.counters(),
+            **self.router.counters(),
             **{
                 f"send_error_{errno.errorcode.get(code, code)}": count
                 for code, count in self._send_errors.items()

@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+from collections.abc import Set
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -38,6 +39,9 @@ ROUTE_METRICS = {
 }
 FILTER_PRIORITY = 0x5341
 FILTER_HANDLE = 0x5341
+# Asked after serval_in, which takes the data of this host's flows.
+ROUTER_FILTER_PRIORITY = 0x5342
+ROUTER_FILTER_HANDLE = 0x5342
 NFT_TABLE = "serval"
 
 SEGMENTATION_OFF = dict.fromkeys(
@@ -72,6 +76,7 @@ class Devices:
         self._remote_network = format_address(remote_network) + "/16"
         self._gateway = format_address(remote_network + 1)
         self._attached: dict[int, bool] = {}  # interface index -> did we create its clsact
+        self._routing: frozenset[int] = frozenset()
 
     def remove_leftovers(self) -> list[str]:
         """Remove what a crashed predecessor left; returns what was found, for the log."""
@@ -81,9 +86,7 @@ class Devices:
             if name in (ANCHOR, CHECKSUM):
                 found.append(name)
                 self._delete_link(name)
-            elif name not in OWN_DEVICES and bpf_loader.detach_tc(
-                index, False, FILTER_PRIORITY, FILTER_HANDLE
-            ):
+            elif name not in OWN_DEVICES and self._remove_filters(index):
                 found.append(f"filter on {name}")
                 if not self._has_filters(index):
                     bpf_loader.remove_clsact(index)
@@ -174,8 +177,20 @@ class Devices:
     def attached(self) -> frozenset[int]:
         return frozenset(self._attached)
 
+    def attach_router(self, interface_indexes: Set[int], program_fd: int) -> None:
+        """Have `serval_route` behind `serval_in` on exactly these interfaces, of those that have that."""
+        wanted = interface_indexes & self._attached.keys()
+        for index in self._routing - wanted:
+            bpf_loader.detach_tc(index, False, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
+        for index in wanted - self._routing:
+            bpf_loader.attach_tc(index, False, program_fd, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
+        self._routing = frozenset(wanted)
+
     def detach(self, interface_index: int) -> None:
-        """Take the filter off again, and clsact with it if it was ours and nobody else uses it now."""
+        """Take our filters off again, and clsact with them if it was ours and nobody else uses it now."""
+        if interface_index in self._routing:
+            bpf_loader.detach_tc(interface_index, False, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
+            self._routing -= {interface_index}
         created_clsact = self._attached.pop(interface_index)
         removed = bpf_loader.detach_tc(interface_index, False, FILTER_PRIORITY, FILTER_HANDLE)
         if removed and created_clsact and not self._has_filters(interface_index):
@@ -188,6 +203,12 @@ class Devices:
         for name in (ANCHOR, CHECKSUM):
             self._delete_link(name)
         self._remove_nft_table()
+
+    @staticmethod
+    def _remove_filters(index: int) -> bool:
+        ours = (FILTER_PRIORITY, FILTER_HANDLE), (ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
+        removed = [bpf_loader.detach_tc(index, False, *which) for which in ours]
+        return any(removed)
 
     def _delete_link(self, name: str) -> None:
         with contextlib.suppress(OSError):  # not there: nothing to delete

@@ -105,9 +105,12 @@ cdef class BatchForwarder:
         self.decisions = {}
         self.random_state = int.from_bytes(os.urandom(8), "little") | 1
 
-    def renew(self, own) -> None:
-        """Forget what was decided; `own` are the addresses of this host now."""
+    def set_own_addresses(self, own) -> None:
+        """The addresses of this host: nothing that pretends to come from them goes on."""
         self.own = own
+
+    def forget(self) -> None:
+        """Ask anew for every serviceID: rules, paths or addresses have changed."""
         self.decisions.clear()
 
     def forwarded(self, bytes packet) -> tuple[bytes, int, int] | None:

@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path as FilePath
@@ -33,8 +33,8 @@ from serval_core.dataplane.devices import (
     SEGMENTER,
     Devices,
 )
-from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.dataplane.forward_batch import BatchForwarder
+from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.dataplane.neighbours import Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.packet_socket import RawSocket
@@ -228,10 +228,9 @@ class KernelDataPlane:
             for interface in self.paths.interfaces()
         }
 
-    def attached_interfaces(self) -> tuple[Interface, ...]:
-        """The interfaces whose ingress has our filter."""
-        attached = self.devices.attached()
-        return tuple(each for each in self.paths.interfaces() if each.index in attached)
+    def attach_router(self, interface_indexes: Set[int], program_fd: int) -> None:
+        """Have the service router's program on exactly these interfaces, of those that are used."""
+        self.devices.attach_router(interface_indexes, program_fd)
 
     # -- control packets ----------------------------------------------------------------------------------------------
 

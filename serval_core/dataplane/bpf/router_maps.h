@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: (BSD-3-Clause OR GPL-2.0-only) */
+/* What does user space tell the service router's program, and what does it learn? dataplane/router_programs.py writes and reads. */
+#pragma once
+
+#include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+
+#define SERVICE_ID_BYTES 32
+#define TARGETS_MAX 16 /* of one prefix; more are left to user space */
+#define PREFIXES_MAX 65536
+#define COUNTERS_MAX 65536
+#define OWN_ADDRESSES_MAX 4096
+
+struct service_key {
+	__u32 bits;
+	__u8 service[SERVICE_ID_BYTES];
+};
+
+struct router_target {
+	__be32 address;
+	__u32 share_end; /* chosen by random numbers below this and not below that of the target before */
+	__be32 next_hop;
+	__u32 ifindex;
+	__u32 mtu_bytes;
+	__u32 counter; /* index into target_counters */
+};
+
+/* All of a prefix's targets that compete; replaced as a whole. None: the packet is left to user space. */
+struct router_service {
+	__u32 targets;
+	struct router_target target[TARGETS_MAX];
+};
+
+struct target_counter {
+	__u64 packets;
+	__u64 bytes; /* as the service table counts: behind the SAL header (SPEC 6.7) */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, PREFIXES_MAX);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_key);
+	__type(value, struct router_service);
+} services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, OWN_ADDRESSES_MAX);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __be32);
+	__type(value, __u8);
+} own_addresses SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, COUNTERS_MAX);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct target_counter);
+} target_counters SEC(".maps");
+
+/* Until when the maps are kept up to date (CLOCK_MONOTONIC, in ns). After that, say because user space crashed, nothing is done. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} lease SEC(".maps");
