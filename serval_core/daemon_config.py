@@ -16,6 +16,7 @@ from serval_core.access_policy import AccessRule
 from serval_core.config_file import ConfigFile, Names
 from serval_core.config_sections import AccessEntry, LogSection, Seconds, StackSection, read_access
 from serval_core.configured_rules import RuleEntry, ServiceRule, read_rules, refuse_repeated_rules
+from serval_core.controller.plan import ControllerPlan, plan
 from serval_core.controller.settings import (
     ControllerSettings,
     RegistrationSection,
@@ -41,6 +42,7 @@ class DaemonSettings(Struct, frozen=True, kw_only=True):
     registration: RegistrationSection = RegistrationSection()
     router: RouterSection = RouterSection()
     resolver: ResolverSection = ResolverSection()
+    names: Names = {}
 
     @property
     def controller(self) -> ControllerSettings:
@@ -49,9 +51,14 @@ class DaemonSettings(Struct, frozen=True, kw_only=True):
             registration=self.registration, router=self.router, resolver=self.resolver
         )
 
+    def controller_plan(self) -> ControllerPlan:
+        """What that means. Raises Misconfigured."""
+        return plan(self.controller, self.names)
+
     def checked(self) -> DaemonSettings:
         """These settings. Raises Misconfigured when they contradict each other."""
         refuse_repeated_rules(self.rules)
+        self.controller_plan()
         return self
 
     def with_values(self, values: dict[tuple[str, str], Any]) -> DaemonSettings:
@@ -101,5 +108,7 @@ def load(path: Path) -> LoadedDaemonFile:
         registration=content.registration,
         router=content.router,
         resolver=content.resolver,
+        names=names,
     )
+    plan(settings.controller, names, file.place)
     return LoadedDaemonFile(settings, names)

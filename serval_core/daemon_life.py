@@ -14,6 +14,7 @@ import structlog
 
 from serval_core.configured_rules import replace_rules, rule_text
 from serval_core.configured_stack import refuse_unknown_names, stack_settings
+from serval_core.controller.service_controller import ServiceController
 from serval_core.daemon_config import DaemonSettings
 from serval_core.stack import ServalStack
 from serval_core.systemd import inherited_sockets, notify_systemd
@@ -40,12 +41,17 @@ class Daemon:
         )
         try:
             replace_rules(stack.table, (), settings.rules, contextlib.ExitStack())
-            log.info(
-                "serving", router=settings.router.enabled, rules=[rule_text(rule) for rule in settings.rules]
-            )
-            notify_systemd("READY=1")
-            await stop.wait()
-            notify_systemd("STOPPING=1")
+            controller = ServiceController(stack, settings.controller)
+            await controller.start()
+            try:
+                log.info(
+                    "serving", router=settings.router.enabled, rules=[rule_text(rule) for rule in settings.rules]
+                )
+                notify_systemd("READY=1")
+                await stop.wait()
+                notify_systemd("STOPPING=1")
+            finally:
+                await controller.stop()
         finally:
             await stack.stop()
         log.info("stopped")
