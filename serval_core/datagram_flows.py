@@ -28,17 +28,6 @@ OnAccept = Callable[["DatagramFlow"], None]
 OnFailed = Callable[[int, str], None]
 
 
-class Host(NamedTuple):
-    """What is needed of the stack around: the SAL's time in seconds; to do what the SAL wants done, now or after
-    the present callback; to let the data of a flow through to the SAL, which may raise KernelRefused.
-    """
-
-    now: Callable[[], float]
-    run_effects: Callable[[], None]
-    run_effects_soon: Callable[[], object]
-    expect_data: Callable[[FlowID], None]
-
-
 class DatagramFlow:
     """An open UDP flow. Set `on_datagram(payload)` at once: what arrives without it is lost.
 
@@ -47,9 +36,9 @@ class DatagramFlow:
     """
 
     __slots__ = (
-        "_finished",
         "_owner",
         "_told",
+        "finished",
         "flow_id",
         "local_address",
         "on_datagram",
@@ -60,7 +49,7 @@ class DatagramFlow:
 
     def __init__(self, owner: DatagramFlows, opened: OpenDatagrams) -> None:
         self._owner = owner
-        self._finished = False
+        self.finished = False
         self._told = False
         self.flow_id = opened.flow_id
         self.local_address = opened.local_address
@@ -79,19 +68,19 @@ class DatagramFlow:
 
     def close(self) -> None:
         """The application is finished: the peer is told with a FIN. Does nothing the second time."""
-        if not self._finished:
-            self._finished = True
+        if not self.finished:
+            self.finished = True
             self._owner.closed(self)
 
     def abort(self) -> None:
         """End the flow with a reset."""
-        if not self._finished:
-            self._finished = True
+        if not self.finished:
+            self.finished = True
             self._owner.aborted(self)
 
     def tell_ended(self, errno: int) -> None:
         """For the owner."""
-        if not self._told and not self._finished:
+        if not self._told and not self.finished:
             self._told = True
             if self.on_ended is not None:
                 self.on_ended(errno)
@@ -137,6 +126,20 @@ class DatagramListener:
     def close(self) -> None:
         """Stop accepting; flows that were accepted live on. Does nothing the second time."""
         self._owner.listener_closed(self)
+
+
+class Host(NamedTuple):
+    """What is needed of the stack around: the SAL's time in seconds; to do what the SAL wants done, now or after
+    the present callback; to let the data of a flow through to the SAL, which may raise KernelRefused; to publish
+    that a flow was opened (as "active" or "passive") and has ended (with an errno).
+    """
+
+    now: Callable[[], float]
+    run_effects: Callable[[], None]
+    run_effects_soon: Callable[[], object]
+    expect_data: Callable[[FlowID], None]
+    flow_opened: Callable[[DatagramFlow, str], None]
+    flow_ended: Callable[[DatagramFlow, int], None]
 
 
 class DatagramFlows:
@@ -194,13 +197,13 @@ class DatagramFlows:
 
     def closed(self, flow: DatagramFlow) -> None:
         """The application has closed a flow, which may have ended before."""
-        if self._flows.pop(flow.flow_id, None) is not None:
+        if flow.flow_id in self._flows:
             self._sal.release(flow.flow_id, self._host.now())
             self._host.run_effects()
 
     def aborted(self, flow: DatagramFlow) -> None:
         """The application wants a flow reset, which may have ended before."""
-        if self._flows.pop(flow.flow_id, None) is not None:
+        if flow.flow_id in self._flows:
             self._sal.abort(flow.flow_id, self._host.now())
             self._host.run_effects()
 
@@ -228,7 +231,7 @@ class DatagramFlows:
 
     def _deliver(self, effect: DeliverFlowDatagram) -> None:
         flow = self._flows.get(effect.flow_id)
-        if flow is not None and flow.on_datagram is not None:
+        if flow is not None and flow.on_datagram is not None and not flow.finished:
             flow.on_datagram(effect.payload)
 
     def connected(self, effect: Connected) -> None:
@@ -241,6 +244,7 @@ class DatagramFlows:
             flow.abort()
             return
         flow.service_id = pending.service_id
+        self._host.flow_opened(flow, "active")
         pending.on_connected(flow)
 
     def connect_failed(self, effect: ConnectFailed) -> None:
@@ -256,6 +260,7 @@ class DatagramFlows:
             return
         self._sal.accepted_taken(effect.flow_id)
         flow.service_id = effect.service_id
+        self._host.flow_opened(flow, "passive")
         listener = self._listeners.get(effect.listener_id)
         if listener is None:
             flow.abort()
@@ -272,6 +277,7 @@ class DatagramFlows:
         """A flow is gone."""
         flow = self._flows.pop(effect.flow_id, None)
         if flow is not None:
+            self._host.flow_ended(flow, effect.errno)
             flow.tell_ended(effect.errno)
             return
         pending = self._pending.pop(effect.flow_id, None)

@@ -150,6 +150,9 @@ class ServalStack:
         stack._sal = ServiceAccessLayer(
             stack.settings.sal, stack.table, stack._dataplane.paths, random.SystemRandom()
         )
+        stack.services = StackServices(
+            stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
+        )
         stack.datagrams = Datagrams(
             stack._sal,
             Host(
@@ -157,12 +160,11 @@ class ServalStack:
                 stack._run_effects,
                 lambda: stack._loop.call_soon(stack._run_effects),
                 stack._dataplane.expect_data,
+                stack.services.flow_opened,
+                stack.services.flow_ended,
             ),
         )
         stack._carry_out |= stack.datagrams.carry_out
-        stack.services = StackServices(
-            stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
-        )
         stack._carry_out[Happened] = stack.services.happened
         stack._update_broadcast_rules()
         stack.router = Router(

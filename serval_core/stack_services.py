@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from serval_core.connection import Connection
+from serval_core.datagram_flows import DatagramFlow
 from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.effects import Happened
 from serval_core.names import ServicePrefix, format_address
@@ -78,7 +79,7 @@ class StackServices:
         """What became of all that DELAY rules have held."""
         return self._sal.delayed.counters
 
-    def flow_opened(self, connection: Connection, role: str) -> None:
+    def flow_opened(self, connection: Connection | DatagramFlow, role: str) -> None:
         """A connection stands; `role` is active or passive."""
         if self.events.wanted("flow_opened"):
             service = connection.service_id
@@ -90,7 +91,7 @@ class StackServices:
                 peer_address=format_address(connection.peer_address),
             )
 
-    def flow_ended(self, connection: Connection, code: int) -> None:
+    def flow_ended(self, connection: Connection | DatagramFlow, code: int) -> None:
         """A connection ended; `code` is the errno that its application sees, 0 after an orderly close."""
         if self.events.wanted("flow_ended"):
             service = connection.service_id

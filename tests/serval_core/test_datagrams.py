@@ -244,3 +244,19 @@ def test_stopping_the_stack_resets_its_flows(wire: tuple[Host, Host]) -> None:
         assert far.ending() in (ECONNRESET, ECONNABORTED)
         far.close()
         assert_idle(server)
+
+
+def test_flows_are_in_the_news(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    news: queue.Queue[dict[str, object]] = queue.Queue()
+    kinds = ["flow_opened", "flow_ended"]
+    client.call(lambda: client.stack.events.subscribe(lambda event: news.put(event.as_dict()), kinds))
+    listener = AcceptingEnds(server, "76568")
+    near = connect(client, "76568")
+    far = listener.accept()
+    near.close()
+    far.ending()
+    far.close()
+    opened, ended = (news.get(timeout=SOON_S) for _ in range(2))
+    assert (opened["event"], opened["role"], opened["service"]) == ("flow_opened", "active", "76568")
+    assert (ended["event"], ended["flow_id"], ended["error"]) == ("flow_ended", opened["flow_id"], None)
