@@ -16,7 +16,7 @@ import rich_click as click
 from serval_core import command_line
 from serval_core.command_line import section_option
 from serval_core.configured_rules import parse_rule, rule_text
-from serval_core.daemon_config import DaemonSettings, LoadedDaemonFile, load
+from serval_core.daemon_config import LoadedDaemonFile, load, without_file
 from serval_core.descriptors import raise_descriptor_limit
 
 PROGRAM = "servald"
@@ -73,28 +73,31 @@ def cli(config: Path | None, rules: Sequence[str], check: bool, clean_up: bool, 
 
     Programs use it through serval_core.sockets; `serval` shows what it does and changes its service table.
     """
-    settings = collect_settings(config, rules, sections)
+    # What reads keys and asks DNS, and the stack, are loaded only now: --help needs none of it.
+    from serval_core.controller.plan import plan
+    from serval_core.daemon_life import Daemon
+    from serval_core.logging_setup import set_up_logging
+
+    loaded = collect_settings(config, rules, sections)
+    settings = loaded.settings
+    controller = plan(settings.controller, loaded.names, loaded.place)
     if check:
         for rule in settings.rules:
             click.echo(f"rule     {rule_text(rule)}")
         click.echo(f"{config or 'options'}: ok")
         return
-    # The stack is loaded only now: --help and --check need none of it.
-    from serval_core.daemon_life import Daemon
-    from serval_core.logging_setup import set_up_logging
-
     set_up_logging(settings.log)
     raise_descriptor_limit()
-    daemon = Daemon(settings)
+    daemon = Daemon(settings, controller)
     asyncio.run(daemon.clean_up() if clean_up else daemon.run())
 
 
-def collect_settings(config: Path | None, rules: Sequence[str], sections: dict[str, Any]) -> DaemonSettings:
-    """One checked `DaemonSettings` from the options and the file. Raises Misconfigured."""
-    file, names = load(config) if config is not None else LoadedDaemonFile(DaemonSettings(), {})
-    added = tuple(parse_rule(text, names, f"--service {text}") for text in rules)
-    with_rules = msgspec.structs.replace(file, rules=(*file.rules, *added))
-    return with_rules.with_values(command_line.section_values(sections)).checked()
+def collect_settings(config: Path | None, rules: Sequence[str], sections: dict[str, Any]) -> LoadedDaemonFile:
+    """What the options and the file say together, checked. Raises Misconfigured."""
+    loaded = load(config) if config is not None else without_file()
+    added = tuple(parse_rule(text, loaded.names, f"--service {text}") for text in rules)
+    with_rules = msgspec.structs.replace(loaded.settings, rules=(*loaded.settings.rules, *added))
+    return loaded._replace(settings=with_rules.with_values(command_line.section_values(sections)).checked())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

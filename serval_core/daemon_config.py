@@ -6,6 +6,7 @@ well mean the same there; times are in seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from serval_core.access_policy import AccessRule
 from serval_core.config_file import ConfigFile, Names
 from serval_core.config_sections import AccessEntry, LogSection, Seconds, StackSection, read_access
 from serval_core.configured_rules import RuleEntry, ServiceRule, read_rules, refuse_repeated_rules
-from serval_core.controller.plan import ControllerPlan, plan
+from serval_core.controller.plan import ControllerPlan, dotted, plan
 from serval_core.controller.settings import (
     ControllerSettings,
     RegistrationSection,
@@ -88,10 +89,16 @@ class _File(Struct, forbid_unknown_fields=True):
 
 
 class LoadedDaemonFile(NamedTuple):
-    """What a file says, and the service names it defines (the command line may use them too)."""
+    """What a file says, the service names it defines (the command line may use them too), and where its keys are."""
 
     settings: DaemonSettings
     names: Names
+    place: Callable[..., str]
+
+
+def without_file() -> LoadedDaemonFile:
+    """What holds when there is no configuration file."""
+    return LoadedDaemonFile(DaemonSettings(), {}, dotted)
 
 
 def load(path: Path) -> LoadedDaemonFile:
@@ -111,4 +118,4 @@ def load(path: Path) -> LoadedDaemonFile:
         names=names,
     )
     plan(settings.controller, names, file.place)
-    return LoadedDaemonFile(settings, names)
+    return LoadedDaemonFile(settings, names, file.place)

@@ -14,6 +14,7 @@ import structlog
 
 from serval_core.configured_rules import replace_rules, rule_text
 from serval_core.configured_stack import refuse_unknown_names, stack_settings
+from serval_core.controller.plan import ControllerPlan
 from serval_core.controller.service_controller import ServiceController
 from serval_core.daemon_config import DaemonSettings
 from serval_core.stack import ServalStack
@@ -25,8 +26,9 @@ log = structlog.get_logger("servald")
 class Daemon:
     """One servald. `run()` or `clean_up()`, in an event loop of its own."""
 
-    def __init__(self, settings: DaemonSettings) -> None:
+    def __init__(self, settings: DaemonSettings, controller: ControllerPlan) -> None:
         self._settings = settings
+        self._plan = controller
 
     async def run(self) -> None:
         """Serve until a signal asks to stop. Raises Misconfigured, StackBusy or KernelRefused, leaving nothing behind."""
@@ -41,7 +43,7 @@ class Daemon:
         )
         try:
             replace_rules(stack.table, (), settings.rules, contextlib.ExitStack())
-            controller = ServiceController(stack, settings.controller)
+            controller = ServiceController(stack, self._plan)
             await controller.start()
             try:
                 log.info(

@@ -11,7 +11,7 @@ import rich_click as click
 
 from serval_core.commands.options import json_option, show
 from serval_core.stack_socket import RequestFailed, StackSocketClient
-from serval_core.tables import any_table, counter_table, flow_table
+from serval_core.tables import any_table, counter_table, flow_table, new_console, print_json
 
 
 @click.command()
@@ -46,8 +46,17 @@ def stats(as_json: bool) -> None:
 @click.command()
 @json_option
 def registrations(as_json: bool) -> None:
-    """Show which services are registered at this service router, by whom and for how long."""
-    show(StackSocketClient().request("registrations"), "registrations", any_table, as_json)
+    """Show which services other hosts have registered at this service router, and which this host offers to routers."""
+    found = StackSocketClient().request("registrations")
+    console = new_console()
+    if as_json:
+        print_json(console, found)
+        return
+    for what, rows in (("registered here", found["received"]), ("offered to service routers", found["sent"])):
+        if rows is not None:
+            console.print(f"{what}:" if rows else f"{what}: nothing")
+            if rows:
+                console.print(any_table(rows))
 
 
 @click.command()
