@@ -151,7 +151,7 @@ class Datagrams:
             endpoint.close()
 
     def snapshot(self) -> list[dict[str, object]]:
-        """One dict per endpoint with its counters."""
+        """One dict per endpoint with its counters, for `endpoints` on the stack socket."""
         return self._sal.datagram_endpoints()
 
     def send(

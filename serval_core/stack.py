@@ -183,6 +183,7 @@ class ServalStack:
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
         stack._loop.add_reader(stack._dataplane.neighbours.fileno(), stack._dataplane.neighbours_changed)
         stack.stack_socket.register("flows", lambda _: stack.flows())
+        stack.stack_socket.register("endpoints", lambda _: stack.datagrams.snapshot())
         for name, handler in ServiceRequests(stack.services).handlers().items():
             stack.stack_socket.register(name, handler)
         stack.stack_socket.register("counters", lambda _: stack.counters())

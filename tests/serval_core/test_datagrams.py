@@ -15,6 +15,7 @@ from serval_core.datagrams import FLOW_PAYLOAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Dat
 from serval_core.errors import OurMistake
 from serval_core.names import parse_address, parse_service
 from serval_core.sal_settings import SalSettings
+from serval_core.stack_socket import StackSocketClient
 from tests.serval_core.datagram_ends import SOON_S, AcceptingEnds, Bound, connect
 from tests.serval_core.stack_thread import StackThread
 
@@ -260,3 +261,13 @@ def test_flows_are_in_the_news(stacks: tuple[StackThread, StackThread]) -> None:
     opened, ended = (news.get(timeout=SOON_S) for _ in range(2))
     assert (opened["event"], opened["role"], opened["service"]) == ("flow_opened", "active", "76568")
     assert (ended["event"], ended["flow_id"], ended["error"]) == ("flow_ended", opened["flow_id"], None)
+
+
+def test_endpoints_are_listed_on_the_stack_socket(stacks: tuple[StackThread, StackThread]) -> None:
+    client, server = stacks
+    asker, answerer = Bound(client), Bound(server, "76568")
+    asker.send(b"question", SERVICE_ID)
+    answerer.receive()
+    (listed,) = server.host.call(lambda: StackSocketClient().request("endpoints"))
+    assert listed["service"] == "76568"
+    assert [listed[f"datagrams_{what}"] for what in ("sent", "received", "refused")] == [0, 1, 0]
