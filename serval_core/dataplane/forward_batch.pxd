@@ -8,6 +8,7 @@ cdef struct Onward:
     int length
     uint32_t destination
     int interface_index
+    unsigned char *neighbour    # MAC address; NULL: the kernel's routing finds the way
 
 
 cdef class Decision:
@@ -17,6 +18,8 @@ cdef class Decision:
     cdef uint64_t share_ends[TARGETS_MAX]
     cdef int interfaces[TARGETS_MAX]
     cdef int mtus[TARGETS_MAX]
+    cdef bint neighbour_known[TARGETS_MAX]
+    cdef unsigned char neighbours[TARGETS_MAX][6]
     cdef uint64_t packets[TARGETS_MAX]
     cdef uint64_t bytes[TARGETS_MAX]
 

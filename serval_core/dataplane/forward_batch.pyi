@@ -1,5 +1,6 @@
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 
+from serval_core.dataplane.next_hops import Link
 from serval_core.forwarding_plan import Plan
 from serval_core.names import ServicePrefix
 
@@ -7,7 +8,7 @@ HEADROOM_BYTES: int
 
 class Decision:
     prefix: ServicePrefix
-    def __init__(self, prefix: ServicePrefix, plan: Plan) -> None: ...
+    def __init__(self, prefix: ServicePrefix, plan: Plan, links: Sequence[Link | None]) -> None: ...
     def take_counts(self) -> list[tuple[int, int, int]]: ...
 
 class BatchForwarder:

@@ -9,7 +9,7 @@ where it was received: the headers move towards the front, and the room behind t
 import os
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.string cimport memcmp, memcpy, memmove
+from libc.string cimport memcpy, memmove
 
 DEF TARGETS_MAX = 16
 DEF IPV4_BYTES = 20
@@ -66,13 +66,19 @@ cdef inline bint is_extension(const unsigned char *at, int kind, int length) noe
 cdef class Decision:
     """A plan as C numbers, and how often each of its targets was chosen."""
 
-    def __init__(self, prefix, plan):
+    def __init__(self, prefix, plan, links):
+        """`links` has the MAC addresses for each target of the plan, or None."""
         cdef int i
+        cdef bytes neighbour
         if len(plan) > TARGETS_MAX:
             raise ValueError(f"a decision has at most {TARGETS_MAX} targets")
         self.prefix = prefix
         self.targets = len(plan)
-        for i, target in enumerate(plan):
+        for i, (target, link) in enumerate(zip(plan, links, strict=True)):
+            self.neighbour_known[i] = link is not None
+            if link is not None:
+                neighbour = link.neighbour
+                memcpy(self.neighbours[i], <const unsigned char *>neighbour, 6)
             self.addresses[i] = target.address
             self.share_ends[i] = target.share_end
             self.interfaces[i] = target.interface_index
@@ -233,4 +239,5 @@ cdef class BatchForwarder:
         onward.length = length + growth
         onward.destination = target_address
         onward.interface_index = decision.interfaces[chosen]
+        onward.neighbour = decision.neighbours[chosen] if decision.neighbour_known[chosen] else NULL
         return 1

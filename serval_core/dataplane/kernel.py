@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path as FilePath
@@ -35,8 +35,9 @@ from serval_core.dataplane.devices import (
 )
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.icmp_errors import IcmpErrors
-from serval_core.dataplane.neighbours import Neighbours
+from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
+from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
 from serval_core.effects import OpenTransport
 from serval_core.errors import KernelRefused
@@ -130,6 +131,7 @@ class KernelDataPlane:
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
+        self.on_link_change: Callable[[Key], None] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class KernelDataPlane:
             self._inject.bind((ANCHOR_OUTER, 0))
             self.monitor = ChangeMonitor()
             self.neighbours = Neighbours()
+            self._next_hops = NextHops(self.neighbours)
             self.paths = KernelPaths(self._netlink, OWN_DEVICES, self._settings.interfaces)
             self.attach_interfaces()
             leftovers += self._end_left_connections()
@@ -232,6 +235,20 @@ class KernelDataPlane:
         """Have the service router's program on exactly these interfaces, of those that are used."""
         self.devices.attach_router(interface_indexes, program_fd)
 
+    def use_next_hop(self, key: Key) -> Link | None:
+        """The MAC addresses for frames to a next hop, if the kernel has them. `on_link_change` is told when that changes."""
+        macs = self._macs(self._next_hops.use(key), key[0])
+        return None if macs is None else Link(*macs)
+
+    def release_next_hops(self) -> None:
+        """No next hop is in use any more, other than by flows."""
+        self._next_hops.release_all()
+
+    def _next_hop_changed(self, user: int, mac: bytes | None) -> None:
+        key = self._next_hops.changed(user, mac)
+        if key is not None and self.on_link_change is not None:
+            self.on_link_change(key)
+
     # -- control packets ----------------------------------------------------------------------------------------------
 
     @property
@@ -244,7 +261,7 @@ class KernelDataPlane:
 
     def forward_with(self, forwarder: BatchForwarder | None) -> None:
         """Give received packets to `forwarder` first: `receive` returns those that it leaves."""
-        self._raw.forwarder = forwarder
+        self._raw.forward_with(forwarder)
 
     def send(self, packet: bytes, destination: int, interface_index: int) -> int:
         """Send an IPv4 packet; returns 0 or the errno."""
@@ -323,6 +340,9 @@ class KernelDataPlane:
     def neighbours_changed(self) -> None:
         """Carry what the kernel reports of next hops into the flows that use them."""
         for flow_id, neighbour in self.neighbours.changes():
+            if flow_id < 0:
+                self._next_hop_changed(flow_id, neighbour)
+                continue
             value = self._flows.get(FLOW_KEY.pack(flow_id))
             if value is None:
                 continue

@@ -3,7 +3,8 @@
 
 Reception: `recvmmsg`, with IP_PKTINFO telling interface and whether the packet was a broadcast. Transmission: whole IPv4 packets
 (IP_HDRINCL); the kernel fills in identification and header checksum. A packet socket on the anchor device injects segments.
-With a `forwarder`, packets for services of other hosts go on from the buffers they were received in (`sendmmsg`).
+With a forwarder, packets for services of other hosts go on from the buffers they were received in, as frames where the next
+hop's MAC address is known (a packet socket, `sendmmsg`): the kernel's way for raw packets costs twice as much.
 """
 
 import socket as python_socket
@@ -12,7 +13,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from serval_core.dataplane.forward_batch cimport BatchForwarder, Onward
 from serval_core.errors import KernelRefused
@@ -54,6 +55,14 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int MSG_DONTWAIT, MSG_TRUNC
 
+cdef extern from "<linux/if_packet.h>" nogil:
+    cdef struct sockaddr_ll:
+        unsigned short sll_family
+        uint16_t sll_protocol
+        int sll_ifindex
+        unsigned char sll_halen
+        unsigned char sll_addr[8]
+
 cdef extern from "<netinet/in.h>" nogil:
     cdef struct in_addr:
         uint32_t s_addr
@@ -66,13 +75,16 @@ cdef extern from "<netinet/in.h>" nogil:
         in_addr ipi_spec_dst
         in_addr ipi_addr
     uint32_t htonl(uint32_t value)
-    int IPPROTO_IP, IP_PKTINFO, AF_INET
+    uint16_t htons(uint16_t value)
+    int IPPROTO_IP, IP_PKTINFO, AF_INET, AF_PACKET
 
 DEF BATCH = 64
 DEF PACKET_BYTES = 65536     # a datagram may be as long as IPv4 allows: the kernel has put its fragments together
 DEF CONTROL_BYTES = 64
 DEF HEADROOM = 16            # for what a forwarder inserts
 DEF SLOT_BYTES = PACKET_BYTES + 320    # no power of 2, so that the slots do not compete for the same cache lines
+DEF MAC_BYTES = 6
+DEF ETHERTYPE_IPV4 = 0x0800
 DEF ROUNDS = 8               # of receiving while there is nothing but packets to forward
 
 PROTOCOL_SAL = 144
@@ -86,13 +98,14 @@ cdef class RawSocket:
 
     cdef object socket
     cdef readonly int fd
-    cdef public BatchForwarder forwarder
+    cdef BatchForwarder forwarder
+    cdef object link_socket
+    cdef int link_fd
     cdef char *buffers           # BATCH of them; no page exists before a packet needs it
     cdef char controls[BATCH][CONTROL_BYTES]
     cdef mmsghdr messages[BATCH]
     cdef iovec vectors[BATCH]
-    cdef char onward_controls[BATCH][CONTROL_BYTES]
-    cdef sockaddr_in onward_addresses[BATCH]
+    cdef sockaddr_ll onward_addresses[BATCH]
     cdef mmsghdr onward_messages[BATCH]
     cdef iovec onward_vectors[BATCH]
 
@@ -131,26 +144,35 @@ cdef class RawSocket:
         free(self.buffers)
 
     def close(self) -> None:
+        self.forward_with(None)
         self.socket.close()
 
-    cdef void prepare_onward(self, int i):
-        """What all messages that go on have in common: a destination address and an interface."""
+    def forward_with(self, BatchForwarder forwarder) -> None:
+        """Give received packets to `forwarder` first; None: to nobody any more. Raises KernelRefused."""
+        self.forwarder = None
+        if self.link_socket is not None:
+            self.link_socket.close()
+            self.link_socket = None
+        if forwarder is not None:
+            try:
+                self.link_socket = python_socket.socket(python_socket.AF_PACKET, python_socket.SOCK_DGRAM, 0)
+            except OSError as error:
+                raise KernelRefused("socket(AF_PACKET, SOCK_DGRAM)", error.errno, "Needs CAP_NET_RAW.") from error
+            self.link_fd = self.link_socket.fileno()
+        self.forwarder = forwarder
+
+    cdef void prepare_onward(self, int i) noexcept:
+        """What all frames that go on have in common."""
         cdef msghdr *message = &self.onward_messages[i].msg_hdr
-        cdef cmsghdr *header
         memset(&self.onward_messages[i], 0, sizeof(mmsghdr))
-        memset(&self.onward_addresses[i], 0, sizeof(sockaddr_in))
-        memset(self.onward_controls[i], 0, CONTROL_BYTES)
-        self.onward_addresses[i].sin_family = AF_INET
+        memset(&self.onward_addresses[i], 0, sizeof(sockaddr_ll))
+        self.onward_addresses[i].sll_family = AF_PACKET
+        self.onward_addresses[i].sll_protocol = htons(ETHERTYPE_IPV4)
+        self.onward_addresses[i].sll_halen = MAC_BYTES
         message.msg_name = &self.onward_addresses[i]
-        message.msg_namelen = sizeof(sockaddr_in)
+        message.msg_namelen = sizeof(sockaddr_ll)
         message.msg_iov = &self.onward_vectors[i]
         message.msg_iovlen = 1
-        message.msg_control = self.onward_controls[i]
-        message.msg_controllen = CMSG_SPACE(sizeof(in_pktinfo))
-        header = CMSG_FIRSTHDR(message)
-        header.cmsg_level = IPPROTO_IP
-        header.cmsg_type = IP_PKTINFO
-        header.cmsg_len = CMSG_LEN(sizeof(in_pktinfo))
 
     def receive(self) -> list[tuple[bytes, int, bool]]:
         """Up to 64 packets that wait: (whole IPv4 packet, interface index, was it a broadcast). Empty when none waits.
@@ -187,8 +209,12 @@ cdef class RawSocket:
                 if forwarder is not None and not broadcast and forwarder.rewrite(
                     <unsigned char *>packet, self.messages[i].msg_len, &onward
                 ):
-                    self.put_onward(onward_count, &onward)
-                    onward_count += 1
+                    if onward.neighbour is NULL:
+                        message = PyBytes_FromStringAndSize(<char *>onward.start, onward.length)
+                        forwarder.send_errors += self.send(message, onward.destination, onward.interface_index) != 0
+                    else:
+                        self.put_onward(onward_count, &onward)
+                        onward_count += 1
                     continue
                 received.append((PyBytes_FromStringAndSize(packet, self.messages[i].msg_len), interface, broadcast))
             if onward_count:
@@ -198,17 +224,16 @@ cdef class RawSocket:
         return received
 
     cdef void put_onward(self, int i, Onward *onward) noexcept:
-        cdef in_pktinfo *information = <in_pktinfo *>CMSG_DATA(<cmsghdr *>self.onward_controls[i])
-        self.onward_addresses[i].sin_addr.s_addr = htonl(onward.destination)
+        self.onward_addresses[i].sll_ifindex = onward.interface_index
+        memcpy(self.onward_addresses[i].sll_addr, onward.neighbour, MAC_BYTES)
         self.onward_vectors[i].iov_base = onward.start
         self.onward_vectors[i].iov_len = onward.length
-        information.ipi_ifindex = onward.interface_index
 
     cdef int send_onward(self, int count) noexcept:
-        """Send what was put; returns how many packets the kernel refused."""
+        """Send the frames that were put; returns how many the kernel refused."""
         cdef int done = 0, sent, refused = 0
         while done < count:
-            sent = sendmmsg(self.fd, self.onward_messages + done, count - done, MSG_DONTWAIT)
+            sent = sendmmsg(self.link_fd, self.onward_messages + done, count - done, MSG_DONTWAIT)
             if sent < 0:
                 if errno == EINTR:
                     continue

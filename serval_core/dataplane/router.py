@@ -15,6 +15,8 @@ from typing import Protocol
 import structlog
 
 from serval_core.dataplane.forward_batch import BatchForwarder, Decision
+from serval_core.dataplane.neighbours import Key
+from serval_core.dataplane.next_hops import Link
 from serval_core.dataplane.router_programs import PREFIXES_MAX, RouterPrograms, TargetCount
 from serval_core.errors import KernelRefused
 from serval_core.forwarding_plan import Plan, impossible_targets, plan
@@ -40,6 +42,14 @@ class Ingress(Protocol):
 
     def forward_with(self, forwarder: BatchForwarder | None) -> None:
         """Give received packets to `forwarder` first."""
+
+    on_link_change: Callable[[Key], None] | None
+
+    def use_next_hop(self, key: Key) -> Link | None:
+        """The MAC addresses for frames to a next hop, if known."""
+
+    def release_next_hops(self) -> None:
+        """Forget all that were used."""
 
     def attach_router(self, interface_indexes: Set[int], program_fd: int) -> None:
         """Have the program on exactly these interfaces."""
@@ -75,6 +85,7 @@ class Router:
                 self._programs = RouterPrograms()
             except KernelRefused as error:
                 log.warning("service routing stays in user space", error=str(error))
+        self._ingress.on_link_change = self._link_changed
         self.host_changed()
         self._ingress.forward_with(self._forwarder)
         self._timer = self._call_later(RENEWAL_S, self._renew)
@@ -87,6 +98,8 @@ class Router:
         self._unsubscribe = None
         self._timer.cancel()
         self._ingress.forward_with(None)
+        self._ingress.on_link_change = None
+        self._ingress.release_next_hops()
         self.take_counts()
         self._forget_decisions()
         self._plans.clear()
@@ -123,6 +136,8 @@ class Router:
         if moved or not self._complete:
             self._ways.clear()
             self._mirror_all()
+        else:
+            self._programs.extend_lease()
 
     def counters(self) -> dict[str, int]:
         """Packets that each fast path has forwarded, and what the kernel did not send on."""
@@ -160,7 +175,8 @@ class Router:
         planned = plan(entry, self._impossible, self._ingress.paths)
         if not planned:
             return None
-        decision = Decision(entry.prefix, planned)
+        links = [self._ingress.use_next_hop((each.interface_index, each.next_hop)) for each in planned]
+        decision = Decision(entry.prefix, planned, links)
         self._decisions.append(decision)
         return decision
 
@@ -224,12 +240,20 @@ class Router:
         if planned == before:
             return
         try:
+            for each in planned:
+                key = each.interface_index, each.next_hop
+                programs.set_link(key, self._ingress.use_next_hop(key))
             programs.put(prefix, planned)
         except KernelRefused as error:
             self._give_up(str(error))
             return
         self._plans[prefix] = planned
         self._forget_targets(prefix, before or (), planned)
+
+    def _link_changed(self, key: Key) -> None:
+        self._forget_decisions()
+        if self._programs is not None:
+            self._programs.set_link(key, self._ingress.use_next_hop(key))
 
     def _forget_targets(self, prefix: ServicePrefix, before: Plan, after: Plan) -> None:
         assert self._programs is not None

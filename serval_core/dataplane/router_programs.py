@@ -15,19 +15,26 @@ from pathlib import Path as FilePath
 from typing import NamedTuple
 
 from serval_core.dataplane import bpf_loader
+from serval_core.dataplane.neighbours import Key
+from serval_core.dataplane.next_hops import Link
 from serval_core.forwarding_plan import PLANNED_TARGETS_MAX, WHOLE_SHARE, Plan
 from serval_core.names import ServicePrefix
 
 OBJECT_FILE = FilePath(__file__).parent / "bpf" / "serval_router.bpf.o"
 PREFIXES_MAX = 65536
 COUNTERS_MAX = 65536
+LINKS_MAX = 4096
 LEASE_S = 10.0
 
-KEY = struct.Struct("=I32s")
-TARGET = struct.Struct("=4sI4sIII")
+SERVICE_KEY = struct.Struct("=I32s")
+TARGET = struct.Struct("=4sIIII")
+LINK = struct.Struct("=4sII6s6s")
+HOST = struct.Struct("=Q64s")
+OWN_ADDRESSES_MAX = 16
 SERVICE_COUNT = struct.Struct("=I")
 COUNTER = struct.Struct("=QQ")
 NO_TARGET = bytes(TARGET.size)
+NO_LINK = 0, bytes(6), bytes(6)
 FIRST = bytes(4)
 
 
@@ -48,8 +55,9 @@ class RouterPrograms:
         self._object = bpf_loader.BpfObject(str(OBJECT_FILE))
         self.program_fd = self._object.program_fd("serval_route")
         self._services = self._object.map("services")
-        self._own = self._object.map("own_addresses")
-        self._lease = self._object.map("lease")
+        self._host = self._object.map("host")
+        self._link_map = self._object.map("links")
+        self._links: dict[Key, int] = {}
         # The counters are read where they are: asking for each would cost a system call.
         self._memory = mmap.mmap(
             self._object.map("target_counters").fd,
@@ -60,7 +68,7 @@ class RouterPrograms:
         self._free = deque(range(COUNTERS_MAX))
         self._counters: dict[tuple[ServicePrefix, int], int] = {}
         self._counted: dict[int, tuple[int, int]] = {}
-        self._own_addresses: frozenset[int] = frozenset()
+        self._own_addresses = b""
 
     def close(self) -> None:
         """Free the maps, and the program unless it is attached."""
@@ -68,36 +76,50 @@ class RouterPrograms:
         self._object.close()
 
     def set_own_addresses(self, addresses: Set[int]) -> None:
-        """Only what comes to these addresses is forwarded, and nothing that pretends to come from them."""
-        for address in self._own_addresses - addresses:
-            self._own.delete(address.to_bytes(4, "big"))
-        for address in addresses - self._own_addresses:
-            self._own.update(address.to_bytes(4, "big"), b"\1")
-        self._own_addresses = frozenset(addresses)
+        """Only what comes to these addresses is forwarded, and nothing that pretends to come from them. Ends the lease.
+
+        Packets to all but the first 16 are left to user space.
+        """
+        used = sorted(addresses)[:OWN_ADDRESSES_MAX]
+        self._own_addresses = b"".join(address.to_bytes(4, "big") for address in used)
+        self.end_lease()
 
     def extend_lease(self) -> None:
         """The maps are right: act on them for some seconds more."""
-        self._lease.update(FIRST, int((time.monotonic() + LEASE_S) * 1e9).to_bytes(8, "little"))
+        self._host.update(FIRST, HOST.pack(int((time.monotonic() + LEASE_S) * 1e9), self._own_addresses))
 
     def end_lease(self) -> None:
         """The maps are not right: leave everything to user space."""
-        self._lease.update(FIRST, bytes(8))
+        self._host.update(FIRST, HOST.pack(0, self._own_addresses))
+
+    def set_link(self, key: Key, link: Link | None) -> None:
+        """What is known of a next hop. Beyond 4096 of them nothing is forwarded to more."""
+        index = self._links.setdefault(key, len(self._links))
+        if index < LINKS_MAX:
+            interface_index, next_hop = key
+            known = (1, *link) if link else NO_LINK
+            self._link_map.update(
+                index.to_bytes(4, "little"), LINK.pack(next_hop.to_bytes(4, "big"), interface_index, *known)
+            )
 
     def put(self, prefix: ServicePrefix, plan: Plan) -> None:
-        """Say what happens under a prefix; an empty plan leaves it to user space. Raises KernelRefused when the map is full."""
+        """Say what happens under a prefix; an empty plan leaves it to user space. Raises KernelRefused when the map is full.
+
+        The next hops of the plan have been set.
+        """
         value = [SERVICE_COUNT.pack(len(plan))]
         for target in plan:
             counter = self._counter(prefix, target.address)
-            if counter is None:
+            link = self._links[target.interface_index, target.next_hop]
+            if counter is None or link >= LINKS_MAX:
                 value = [SERVICE_COUNT.pack(0)]
                 break
             value.append(
                 TARGET.pack(
                     target.address.to_bytes(4, "big"),
                     min(target.share_end, WHOLE_SHARE - 1),
-                    target.next_hop.to_bytes(4, "big"),
-                    target.interface_index,
                     target.mtu_bytes,
+                    link,
                     counter,
                 )
             )
@@ -147,4 +169,4 @@ class RouterPrograms:
 
 
 def _key(prefix: ServicePrefix) -> bytes:
-    return KEY.pack(prefix.bits, prefix.service_id)
+    return SERVICE_KEY.pack(prefix.bits, prefix.service_id)

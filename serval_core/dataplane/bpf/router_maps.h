@@ -9,7 +9,8 @@
 #define TARGETS_MAX 16 /* of one prefix; more are left to user space */
 #define PREFIXES_MAX 65536
 #define COUNTERS_MAX 65536
-#define OWN_ADDRESSES_MAX 4096
+#define LINKS_MAX 4096
+#define OWN_ADDRESSES_MAX 16 /* packets to others of this host are left to user space */
 
 struct service_key {
 	__u32 bits;
@@ -19,9 +20,8 @@ struct service_key {
 struct router_target {
 	__be32 address;
 	__u32 share_end; /* chosen by random numbers below this and not below that of the target before */
-	__be32 next_hop;
-	__u32 ifindex;
 	__u32 mtu_bytes;
+	__u32 link;    /* index into links */
 	__u32 counter; /* index into target_counters */
 };
 
@@ -29,6 +29,15 @@ struct router_target {
 struct router_service {
 	__u32 targets;
 	struct router_target target[TARGETS_MAX];
+};
+
+/* A next hop. */
+struct router_link {
+	__be32 next_hop;
+	__u32 ifindex;
+	__u32 neighbour_known;
+	__u8 neighbour_mac[6]; /* with neighbour_known; else the kernel's neighbour code finds it */
+	__u8 own_mac[6];
 };
 
 struct target_counter {
@@ -45,12 +54,11 @@ struct {
 } services SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, OWN_ADDRESSES_MAX);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __be32);
-	__type(value, __u8);
-} own_addresses SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, LINKS_MAX);
+	__type(key, __u32);
+	__type(value, struct router_link);
+} links SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -60,10 +68,15 @@ struct {
 	__type(value, struct target_counter);
 } target_counters SEC(".maps");
 
-/* Until when the maps are kept up to date (CLOCK_MONOTONIC, in ns). After that, say because user space crashed, nothing is done. */
+/* Until when the maps are kept up to date. After that, say because user space crashed, nothing is done. */
+struct router_host {
+	__u64 lease_until_ns; /* CLOCK_MONOTONIC */
+	__be32 own_addresses[OWN_ADDRESSES_MAX]; /* unused ones are 0 */
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
-} lease SEC(".maps");
+	__type(value, struct router_host);
+} host SEC(".maps");

@@ -92,12 +92,26 @@ static __always_inline int is_odd_source(__be32 address)
 	return source < 0x01000000 || source >= 0xe0000000 || source >> 24 == 127;
 }
 
-static __always_inline int lease_is_over(void)
+/* Whether this host is meant, and the maps are right. */
+static __always_inline int is_for_us(const struct iphdr *ip)
 {
 	__u32 zero = 0;
-	__u64 *until = bpf_map_lookup_elem(&lease, &zero);
+	const struct router_host *known = bpf_map_lookup_elem(&host, &zero);
+	int to_us = 0;
 
-	return !until || bpf_ktime_get_coarse_ns() > *until;
+	if (!known || bpf_ktime_get_coarse_ns() > known->lease_until_ns)
+		return 0;
+#pragma clang loop unroll(full)
+	for (int i = 0; i < OWN_ADDRESSES_MAX; i++) {
+		__be32 own = known->own_addresses[i];
+
+		if (!own)
+			break;
+		if (own == ip->saddr)
+			return 0;
+		to_us |= own == ip->daddr;
+	}
+	return to_us;
 }
 
 static __always_inline const struct router_target *choose(const struct router_service *service)
@@ -118,16 +132,12 @@ static __always_inline const struct router_target *choose(const struct router_se
 static __always_inline const struct router_target *find_target(const struct iphdr *ip, const __u8 *service_id)
 {
 	struct service_key key = { .bits = 8 * SERVICE_ID_BYTES };
-	__be32 address = ip->daddr;
 
-	if (!bpf_map_lookup_elem(&own_addresses, &address))
-		return 0;
-	address = ip->saddr;
-	if (is_odd_source(address) || bpf_map_lookup_elem(&own_addresses, &address))
+	if (is_odd_source(ip->saddr) || !is_for_us(ip))
 		return 0;
 	__builtin_memcpy(key.service, service_id, SERVICE_ID_BYTES);
 	const struct router_service *service = bpf_map_lookup_elem(&services, &key);
-	if (!service || !service->targets || lease_is_over())
+	if (!service || !service->targets)
 		return 0;
 	const struct router_target *target = choose(service);
 	if (!target || target->address == ip->saddr)
@@ -158,7 +168,7 @@ static __always_inline void rewrite_ip(struct iphdr *ip, __be32 destination, __u
 	ip->check = ~fold_long(sum_of_words((const __u32 *)ip, IPV4_BYTES / 4));
 }
 
-static __always_inline int send(const struct onward *onward)
+static __always_inline int send(struct __sk_buff *skb, const struct onward *onward)
 {
 	const struct router_target *target = onward->target;
 	struct target_counter *counter = bpf_map_lookup_elem(&target_counters, &target->counter);
@@ -167,12 +177,24 @@ static __always_inline int send(const struct onward *onward)
 		__sync_fetch_and_add(&counter->packets, 1);
 		__sync_fetch_and_add(&counter->bytes, onward->ip_bytes - IPV4_BYTES - onward->header_bytes);
 	}
+	const struct router_link *link = bpf_map_lookup_elem(&links, &target->link);
+	if (!link)
+		return TC_ACT_SHOT;
+	if (link->neighbour_known) {
+		struct ethhdr *ethernet = (void *)(long)skb->data;
+
+		if ((void *)(ethernet + 1) > (void *)(long)skb->data_end)
+			return TC_ACT_SHOT;
+		__builtin_memcpy(ethernet->h_dest, link->neighbour_mac, sizeof(link->neighbour_mac));
+		__builtin_memcpy(ethernet->h_source, link->own_mac, sizeof(link->own_mac));
+		return bpf_redirect(link->ifindex, 0);
+	}
 	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
 	struct bpf_redir_neigh neighbour;
 	__builtin_memset(&neighbour, 0, sizeof(neighbour));
 	neighbour.nh_family = 2; /* AF_INET */
-	neighbour.ipv4_nh = target->next_hop;
-	return bpf_redirect_neigh(target->ifindex, &neighbour, sizeof(neighbour), 0);
+	neighbour.ipv4_nh = link->next_hop;
+	return bpf_redirect_neigh(link->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
 /* A packet without SOURCE, as it comes from its sender: by far the most. All lengths are constants, nothing is copied out. */
@@ -234,7 +256,7 @@ static __always_inline int route_first(struct __sk_buff *skb, const __u32 header
 	sal->length_words += growth / 4;
 	/* The length in words is the high half of its 16-bit word. */
 	sal->checksum = changed_checksum(sal->checksum, bpf_htons(growth / 4 << 8) + sum_of_words((void *)added, growth / 4));
-	return send(&onward);
+	return send(skb, &onward);
 }
 
 /* Whether SOURCE names one of two addresses: whoever has had the packet before must not get it again. */
@@ -325,7 +347,7 @@ static __always_inline int route_again(struct __sk_buff *skb, const __u32 source
 	    bpf_skb_store_bytes(skb, SAL_AT + source_at + 1, &new_source_bytes, 1, 0) ||
 	    bpf_skb_store_bytes(skb, SAL_AT + header_bytes, &onward.forwarder, sizeof(onward.forwarder), 0))
 		return TC_ACT_SHOT;
-	return send(&onward);
+	return send(skb, &onward);
 }
 
 SEC("tc")

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serval_core.dataplane.forward_batch import BatchForwarder, Decision
+from serval_core.dataplane.next_hops import Link
 from serval_core.dataplane.router_programs import RouterPrograms
 from serval_core.effects import SendPacket
 from serval_core.forwarding_plan import WHOLE_SHARE, Plan, PlannedTarget, impossible_targets, plan
@@ -55,11 +56,17 @@ def programs() -> Iterator[RouterPrograms]:
     loaded.close()
 
 
+def put(programs: RouterPrograms, prefix: ServicePrefix, plans: Plan, link: Link | None = None) -> None:
+    for target in plans:
+        programs.set_link((target.interface_index, target.next_hop), link)
+    programs.put(prefix, plans)
+
+
 @pytest.fixture(params=["program", "receive loop"])
 def forwards(request: pytest.FixtureRequest, programs: RouterPrograms) -> Forwards:
     plans = planned(router())
     if request.param == "receive loop":
-        decision = Decision(SERVICE, plans)
+        decision = Decision(SERVICE, plans, [None])
         forwarder = BatchForwarder(lambda service: decision if service == SERVICE_ID else None, {LOCAL})
 
         def in_buffer(packet: bytes) -> bytes | None:
@@ -71,7 +78,7 @@ def forwards(request: pytest.FixtureRequest, programs: RouterPrograms) -> Forwar
 
         return in_buffer
     programs.extend_lease()
-    programs.put(SERVICE, plans)
+    put(programs, SERVICE, plans)
 
     def in_kernel(packet: bytes) -> bytes | None:
         verdict, result, _ = programs.test_run(ETHERNET + packet)
@@ -208,7 +215,7 @@ def test_fast_path_never_differs(
 
 def test_program_leaves_what_does_not_come_to_us(programs: RouterPrograms) -> None:
     """It may be on its way through this host, or a broadcast."""
-    programs.put(SERVICE, planned(router()))
+    put(programs, SERVICE, planned(router()))
     passing = syn(destination=FROM_ELSEWHERE)
     assert programs.test_run(ETHERNET + passing)[0] == TC_UNSPEC
     to_another_host = b"\2" + ETHERNET[1:]
@@ -217,7 +224,7 @@ def test_program_leaves_what_does_not_come_to_us(programs: RouterPrograms) -> No
 
 
 def test_program_does_nothing_without_lease(programs: RouterPrograms) -> None:
-    programs.put(SERVICE, planned(router()))
+    put(programs, SERVICE, planned(router()))
     assert programs.test_run(ETHERNET + syn())[0] == TC_REDIRECT
     programs.end_lease()
     assert programs.test_run(ETHERNET + syn())[0] == TC_UNSPEC
@@ -225,19 +232,29 @@ def test_program_does_nothing_without_lease(programs: RouterPrograms) -> None:
     assert programs.test_run(ETHERNET + syn())[0] == TC_REDIRECT
 
 
+def test_program_writes_the_addresses_it_knows(programs: RouterPrograms) -> None:
+    """The next hop is reachable, so no neighbour is looked up; otherwise the kernel's neighbour code writes them."""
+    link = Link(bytes.fromhex("0200000000bb"), bytes.fromhex("0200000000aa"))
+    put(programs, SERVICE, planned(router()), link)
+    for packet in (syn(), syn((CLIENT, OTHER))):
+        verdict, frame, _ = programs.test_run(ETHERNET + packet)
+        assert (verdict, frame[:14].hex()) == (TC_REDIRECT, "0200000000bb0200000000aa0800")
+        assert frame[14:] == oracle(packet)
+
+
 def test_longest_prefix_decides(programs: RouterPrograms) -> None:
     """An empty plan is an answer: a longer prefix without one hides a shorter one with one."""
     wide, narrow = ServicePrefix.of(SERVICE_ID, 16), ServicePrefix.of(SERVICE_ID, 24)
     programs.delete(SERVICE)
     assert programs.test_run(ETHERNET + syn())[0] == TC_UNSPEC
-    programs.put(wide, planned(router()))
+    put(programs, wide, planned(router()))
     assert programs.test_run(ETHERNET + syn())[0] == TC_REDIRECT
-    programs.put(narrow, ())
+    put(programs, narrow, ())
     assert programs.test_run(ETHERNET + syn())[0] == TC_UNSPEC
     programs.delete(narrow)
     assert programs.test_run(ETHERNET + syn())[0] == TC_REDIRECT
     programs.delete(wide)
-    programs.put(ServicePrefix.of(SERVICE_ID, 0), planned(router()))
+    put(programs, ServicePrefix.of(SERVICE_ID, 0), planned(router()))
     assert programs.test_run(ETHERNET + syn())[0] == TC_REDIRECT
     programs.delete(ServicePrefix.of(SERVICE_ID, 0))
 
@@ -250,7 +267,7 @@ def targets_of(weights: list[int]) -> Plan:
 
 
 def test_program_draws_by_weight_and_counts(programs: RouterPrograms) -> None:
-    programs.put(SERVICE, targets_of([3, 1]))
+    put(programs, SERVICE, targets_of([3, 1]))
     list(programs.take_counts())
     chosen = Counter(ipv4.parse(programs.test_run(ETHERNET + syn())[1][14:]).destination for _ in range(1000))
     assert 690 < chosen[OTHERS[0]] < 810  # 750, within 4.4 standard deviations
@@ -261,7 +278,7 @@ def test_program_draws_by_weight_and_counts(programs: RouterPrograms) -> None:
 
 
 def test_receive_loop_draws_by_weight_and_counts() -> None:
-    decision = Decision(SERVICE, targets_of([3, 1]))
+    decision = Decision(SERVICE, targets_of([3, 1]), [None, None])
     forwarder = BatchForwarder(lambda _: decision, frozenset())
     results = [forwarder.forwarded(syn()) for _ in range(1000)]
     chosen = Counter(result[1] for result in results if result is not None)
