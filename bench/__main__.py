@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from bench import lpm
 from bench.machine import facts
 from bench.report import summarize, table, write_json, write_plot
 from bench.run import FULL, QUICK, run
@@ -42,8 +43,19 @@ def main() -> int:
     except PermissionError as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return 1
+    others: dict[str, object] = {}
+    if not arguments.only:
+        with console.status("a service table with a million prefixes"):
+            try:
+                large = lpm.measure_apart(lookups=lpm.QUICK_LOOKUPS if arguments.quick else lpm.LOOKUPS)
+            except RuntimeError as error:
+                results.failures.append(str(error))
+            else:
+                others["service_table"] = large._asdict()
     summary = summarize(results)
     console.print(table(summary))
+    if "service_table" in others:
+        console.print(lpm.sentence(large))
     for name, why in results.absent.items():
         console.print(f"absent: {name}: {why}")
     if results.idle_busy_share > BUSY_SHARE_MAX:
@@ -55,7 +67,7 @@ def main() -> int:
         console.print(f"[red]failed[/] ({times} x): {escape(failure)}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     stem = arguments.results / time.strftime("%Y%m%d-%H%M%S")
-    write_json(stem.with_suffix(".json"), plan, machine, results, summary)
+    write_json(stem.with_suffix(".json"), plan, machine, results, summary, others)
     write_plot(stem.with_suffix(".png"), summary)
     console.print(f"{time.monotonic() - started:.0f} s; written: {stem}.json, {stem}.png")
     return 1 if results.failures else 0

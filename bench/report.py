@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,14 @@ def table(summary: Summary) -> Table:
 
 
 def write_json(
-    path: Path, plan: Plan, machine: dict[str, object], results: Results, summary: Summary
+    path: Path,
+    plan: Plan,
+    machine: dict[str, object],
+    results: Results,
+    summary: Summary,
+    others: Mapping[str, object],
 ) -> None:
-    """Everything, raw samples included."""
+    """Everything, raw samples included. `others`: figures that are not about contenders."""
     samples = {
         measure: {
             name: [sample and sample._asdict() for sample in taken] for name, taken in contenders.items()
@@ -118,6 +123,7 @@ def write_json(
         "absent": results.absent,
         "failures": results.failures,
         "summary": summary,
+        "others": others,
         "samples": samples,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

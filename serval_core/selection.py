@@ -100,7 +100,8 @@ class TargetSet:
         self.priority = priority
         self.broadcast = broadcast
         self.marked = 0
-        self.targets: list[Target] = []
+        # A tuple takes less memory than a list, and tables have as many of these as prefixes.
+        self.targets: tuple[Target, ...] = ()
         # Sums of weights, made when first asked for: most sets have one target, for which nothing is drawn.
         self._cumulative: list[int] | None = None
 
@@ -115,17 +116,19 @@ class TargetSet:
 
     def add(self, target: Target) -> None:
         """Append a target."""
-        self.targets.append(target)
+        self.targets = (*self.targets, target)
         self._cumulative = None
 
     def remove(self, target: Target) -> None:
         """Take a target out. ValueError when it is not in the set."""
-        self.targets.remove(target)
+        at = self.targets.index(target)
+        self.targets = self.targets[:at] + self.targets[at + 1 :]
         self._cumulative = None
 
     def replace(self, old: Target, new: Target) -> None:
         """Put a target in the place of another. ValueError when that is not in the set."""
-        self.targets[self.targets.index(old)] = new
+        at = self.targets.index(old)
+        self.targets = (*self.targets[:at], new, *self.targets[at + 1 :])
         self._cumulative = None
 
     def candidates(self, exclude: Collection[int], even_marked: bool) -> Sequence[Target]:
@@ -149,7 +152,7 @@ class TargetSet:
         targets = self.targets
         if not exclude and not self.marked:
             if len(targets) == 1:
-                return (targets[0],)
+                return targets
             if not self.broadcast:
                 cumulative = self._cumulative
                 if cumulative is None:

@@ -6,14 +6,15 @@ serviceID is the business of `service_table`.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterator
+from operator import attrgetter
 
 from serval_core.errors import OurMistake
 from serval_core.names import ServicePrefix, format_address
 from serval_core.rules import Rule, RuleType
 from serval_core.selection import Target, TargetSet
 
+_rank = attrgetter("rank")
 _ALONE = (RuleType.DROP, RuleType.DELAY)
 
 
@@ -31,7 +32,7 @@ class Entry:
 
     def __init__(self, prefix: ServicePrefix) -> None:
         self.prefix = prefix
-        self.sets: list[TargetSet] = []
+        self.sets: tuple[TargetSet, ...] = ()
         self.demux: Target | None = None
         self.packets_resolved = 0
         self.bytes_resolved = 0
@@ -87,7 +88,7 @@ class Entry:
         target_set = self.set_at(target.priority, target.broadcast)
         if target_set is None:
             target_set = TargetSet(target.priority, target.broadcast)
-            insort(self.sets, target_set, key=lambda each: each.rank)
+            self.sets = tuple(sorted((*self.sets, target_set), key=_rank)) if self.sets else (target_set,)
         target_set.add(target)
         if target.type is RuleType.DEMUX:
             self.demux = target
@@ -99,7 +100,7 @@ class Entry:
         if target.mark is not None:
             target_set.marked -= 1
         if not target_set.targets:
-            self.sets.remove(target_set)
+            self.sets = tuple(each for each in self.sets if each is not target_set)
         if target is self.demux:
             self.demux = None
 

@@ -50,7 +50,7 @@ def test_the_table_has_a_row_for_each_contender_that_was_measured() -> None:
 def test_json_and_picture_hold_everything(tmp_path: Path) -> None:
     found = results()
     summary = summarize(found)
-    write_json(tmp_path / "r.json", QUICK, {"kernel": "6"}, found, summary)
+    write_json(tmp_path / "r.json", QUICK, {"kernel": "6"}, found, summary, {"service_table": {"prefixes": 9}})
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["machine"] == {"kernel": "6", "idle_busy_share": 0.5, "stolen_s": 2.0}
     assert document["samples"]["throughput"][HAProxy.name][1] is None

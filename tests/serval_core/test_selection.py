@@ -122,5 +122,5 @@ def test_exclusion_by_address_does_not_hit_listeners() -> None:
 
 
 def test_removing_a_stranger_is_an_error() -> None:
-    with pytest.raises(ValueError, match="not in list"):
+    with pytest.raises(ValueError, match="not in tuple"):
         set_of({1: 1}).remove(Target(Rule.forward(PREFIX, 1)))

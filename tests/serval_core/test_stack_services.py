@@ -97,11 +97,11 @@ def test_a_subscriber_resolves_what_a_connect_waits_for(lab: Lab) -> None:
 def test_a_drop_verdict_from_within_the_event_is_fine(lab: Lab) -> None:
     with StackThread(lab.host("client"), broadcast=False) as near:
         near.call(lambda: near.stack.table.add(Rule.delay(PREFIX)))
-        near.call(
-            lambda: near.stack.events.subscribe(
-                lambda event: (near.stack.drop_delayed(PREFIX, "not in my zone"), None)[1], ["delayed"]
-            )
-        )
+
+        def refuse(event: Event) -> None:
+            near.stack.drop_delayed(PREFIX, "not in my zone")
+
+        near.call(lambda: near.stack.events.subscribe(refuse, ["delayed"]))
         outcome = near.begin_connect(SERVICE).get(timeout=20)
         assert isinstance(outcome, OSError)
         assert "not in my zone" in str(outcome)
