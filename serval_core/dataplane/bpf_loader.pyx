@@ -284,15 +284,19 @@ cdef class BpfObject:
             raise OurMistake(f"{self.path} has no program {name}")
         return bpf_program__fd(found)
 
-    def test_run(self, str program, bytes packet, uint32_t mark=0) -> tuple[int, bytes, int]:
-        """Run a tc program once on `packet` (PROG_TEST_RUN): its return value, the packet and the mark afterwards."""
+    def test_run(self, str program, bytes packet, uint32_t mark=0, uint32_t segments=0) -> tuple[int, bytes, int]:
+        """Run a tc program once on `packet` (PROG_TEST_RUN): its return value, the packet and the mark afterwards.
+
+        The program is told that the packet is a superpacket of that many segments.
+        """
         cdef char output[65536]
         cdef bpf_test_run_opts options
         cdef char context[192]
         memset(&options, 0, sizeof(options))
         memset(context, 0, sizeof(context))
-        # struct __sk_buff: mark is the third 32-bit word.
+        # struct __sk_buff (linux/bpf.h): byte offsets of mark and gso_segs.
         memcpy(context + 8, &mark, 4)
+        memcpy(context + 164, &segments, 4)
         options.sz = sizeof(options)
         options.data_in = PyBytes_AS_STRING(packet)
         options.data_size_in = len(packet)

@@ -19,6 +19,9 @@
 #define FLOW_COMPLETE_CHECKSUM 2 /* the peer or its link needs finished TCP checksums */
 #define FLOW_NEIGHBOUR_KNOWN 4     /* the MAC addresses are in the entry; else the kernel's neighbour code finds them */
 
+/* In the mark, beside the number of the interface: serval_insert has to ask the kernel for the next hop's address */
+#define MARK_NEIGHBOUR_UNKNOWN 0x80000000
+
 /* struct flow_event: kind */
 #define EVENT_FIN_ACKNOWLEDGED 1
 #define EVENT_RESET_SENT 2

@@ -20,6 +20,7 @@
 #include "structs.h"
 #include "maps.h"
 #include "checksum.h"
+#include "frames.h"
 
 #define TCP_CHECK_OFFSET (ETHERNET_BYTES + IPV4_BYTES + 16)
 
@@ -37,7 +38,8 @@ static __always_inline __be32 flow_of_tuple(__be32 remote_address, __be16 remote
 
 /*
  * Egress of serval0: a segment, usually a superpacket, of a kernel socket. Everything that can be done once per superpacket is
- * done here: addresses, ports, pseudo header. The flowID travels in the mark to serval_insert, which sees one packet per MTU.
+ * done here: addresses, ports, pseudo header, counting, and both headers that the kernel does not know. Segmentation copies what is
+ * before the IP header to every packet. The mark tells serval_insert, which sees one packet per MTU, where to send it.
  */
 SEC("tc")
 int serval_out(struct __sk_buff *skb)
@@ -91,6 +93,12 @@ int serval_out(struct __sk_buff *skb)
 		tell(id, EVENT_RESET_SENT);
 	}
 
+	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
+	__u32 headers = IPV4_BYTES + tcp->doff * 4;
+	__sync_fetch_and_add(&state->out.packets, segments);
+	__sync_fetch_and_add(&state->out.bytes,
+			     skb->len - ETHERNET_BYTES + (segments - 1) * headers + segments * SAL_HEADER_BYTES);
+
 	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
 	__be32 ports = *(__be32 *)tcp;
 	__u32 needs_checksum = flow->flags & FLOW_COMPLETE_CHECKSUM;
@@ -103,56 +111,56 @@ int serval_out(struct __sk_buff *skb)
 	/* The ports are covered by a checksum that is still to be computed over the payload, hence only the addresses count. */
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, ports, 0, 4);
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
-	skb->mark = id;
+
+	if (bpf_skb_change_head(skb, SAL_HEADER_BYTES, 0))
+		return drop(DROP_OUT_HEADROOM);
+	struct waiting_frame *waiting = (void *)(long)skb->data;
+	if ((void *)(waiting + 1) > (void *)(long)skb->data_end)
+		return drop(DROP_OUT_HEADROOM);
+	/* Zeros unless FLOW_NEIGHBOUR_KNOWN. */
+	__builtin_memcpy(waiting->ethernet.h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
+	__builtin_memcpy(waiting->ethernet.h_source, flow->own_mac, sizeof(flow->own_mac));
+	waiting->ethernet.h_proto = bpf_htons(ETH_P_IP);
+	waiting->sal = flow->header_out;
+	skb->mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
 	return bpf_redirect(needs_checksum ? virtual_network.checksum_ifindex : virtual_network.segmenter_ifindex, 0);
 }
 
-/* Both directions of sum1: one packet per MTU, in wire addresses, its flowID in the mark. Insert the SAL header and send it. */
+/*
+ * Both directions of sum1: one packet per MTU, as serval_out left the superpacket. Let IP and SAL header change places and send it.
+ * This runs for each packet, so it asks no map.
+ */
 SEC("tc")
 int serval_insert(struct __sk_buff *skb)
 {
-	__be32 id = skb->mark;
-	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	struct waiting_frame *waiting = (void *)(long)skb->data;
+	__u32 mark = skb->mark;
 
-	if (!flow)
+	if (!mark || (void *)(waiting + 1) > (void *)(long)skb->data_end)
 		return drop(DROP_OUT_NOT_A_FLOW);
-	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
-	if (!state)
-		return drop(DROP_OUT_NOT_A_FLOW);
-	if (bpf_skb_change_head(skb, SAL_HEADER_BYTES, 0))
-		return drop(DROP_OUT_HEADROOM);
 
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	if (data + SAL_HEADER_BYTES + ETHERNET_BYTES + IPV4_BYTES > end)
-		return drop(DROP_OUT_HEADROOM);
-
-	struct iphdr ip = *(struct iphdr *)(data + SAL_HEADER_BYTES + ETHERNET_BYTES);
-	struct ethhdr *ethernet = data;
-	__u32 length = bpf_ntohs(ip.tot_len) + SAL_HEADER_BYTES;
+	struct sal_header sal = waiting->sal;
+	struct iphdr ip = waiting->ip;
+	struct wire_frame *wire = (void *)waiting;
 
 	ip.protocol = IPPROTO_SAL;
-	ip.tot_len = bpf_htons(length);
-	ip.check = 0;
-	ip.check = ipv4_checksum(&ip);
-	__builtin_memset(ethernet->h_dest, 0, sizeof(ethernet->h_dest));
-	ethernet->h_proto = bpf_htons(ETH_P_IP);
-	*(struct iphdr *)(data + ETHERNET_BYTES) = ip;
-	*(struct sal_header *)(data + ETHERNET_BYTES + IPV4_BYTES) = flow->header_out;
+	ip.tot_len = bpf_htons(bpf_ntohs(ip.tot_len) + SAL_HEADER_BYTES);
+	ip.check = ~fold((__u16)~ip.check + bpf_htons(SAL_HEADER_BYTES) + bpf_htons(IPPROTO_SAL - IPPROTO_TCP));
+	wire->ip = ip;
+	wire->sal = sal;
 	skb->mark = 0;
-	__sync_fetch_and_add(&state->out.packets, 1);
-	__sync_fetch_and_add(&state->out.bytes, length);
+	if (!(mark & MARK_NEIGHBOUR_UNKNOWN))
+		return bpf_redirect(mark, 0);
 
-	if (flow->flags & FLOW_NEIGHBOUR_KNOWN) {
-		__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
-		__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
-		return bpf_redirect(flow->ifindex, 0);
-	}
+	struct flow *flow = bpf_map_lookup_elem(&flows, &sal.source_flow);
+	if (!flow)
+		return drop(DROP_OUT_NOT_A_FLOW);
 	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
 	struct bpf_redir_neigh neighbour;
 	__builtin_memset(&neighbour, 0, sizeof(neighbour));
 	neighbour.nh_family = 2; /* AF_INET */
 	neighbour.ipv4_nh = flow->next_hop;
-	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
+	return bpf_redirect_neigh(mark & ~MARK_NEIGHBOUR_UNKNOWN, &neighbour, sizeof(neighbour), 0);
 }
 
 /* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */

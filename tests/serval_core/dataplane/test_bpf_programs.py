@@ -40,6 +40,8 @@ OUR_FLOW, PEER_FLOW, HALF_OPEN, CHECKSUM_FLOW, UNKNOWN = (
 )
 ETHERNET = bytes.fromhex("02000000000a02000000000b0800")
 DELIVERED = bytes.fromhex("02534 14c0000".replace(" ", "")) + bytes.fromhex("02000000000b0800")
+TO_NEIGHBOUR = bytes.fromhex("0200000000bb0200000000aa0800")
+WIRE_INDEX, ASK_NEIGHBOUR = 1, 0x80000000
 SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
 
 
@@ -115,6 +117,12 @@ def to_socket(flow_id: int) -> bytes:
     return DELIVERED + ipv4.emit(
         remote, VIRTUAL_LOCAL, 6, segment(remote, VIRTUAL_LOCAL, (flow_id & 0xFFFF, VIRTUAL_PORT))
     )
+
+
+def waiting(flow_id: int) -> bytes:
+    """What serval_out makes of it for serval_insert."""
+    header = sal.data_header(flow_id, PEER_FLOW, 6)
+    return TO_NEIGHBOUR + header + ipv4.emit(US, PEER, 6, segment(US, PEER, (0, 0)))
 
 
 def on_wire(
@@ -201,39 +209,57 @@ def test_incoming(programs: BpfObject, row: Row) -> None:
 
 
 @pytest.mark.parametrize("flow_id", [OUR_FLOW, CHECKSUM_FLOW])
-def test_outgoing_gets_wire_addresses_and_mark(programs: BpfObject, flow_id: int) -> None:
+def test_outgoing_gets_wire_addresses_and_headers(programs: BpfObject, flow_id: int) -> None:
+    """The SAL header waits before the IP header; the mark is the interface, and that its neighbour has to be asked for."""
     result = programs.test_run("serval_out", from_socket(flow_id))
     assert result[0] == TC_REDIRECT
-    assert result[1].hex() == (ETHERNET + ipv4.emit(US, PEER, 6, segment(US, PEER, (0, 0)))).hex()
-    assert struct.pack("=I", result[2]) == struct.pack("!I", flow_id)
+    assert result[1].hex() == waiting(flow_id).hex()
+    assert result[2] == WIRE_INDEX | ASK_NEIGHBOUR
+
+
+def test_outgoing_to_a_known_neighbour(programs: BpfObject) -> None:
+    key = struct.pack("!I", OUR_FLOW)
+    entry = bytearray(programs.map("flows").get(key) or b"")
+    entry[FLOW_FLAGS] = struct.pack("=I", FLOW_NEIGHBOUR_KNOWN)
+    programs.map("flows").update(key, bytes(entry))
+    assert programs.test_run("serval_out", from_socket(OUR_FLOW))[2] == WIRE_INDEX
 
 
 def test_outgoing_without_flow_is_dropped(programs: BpfObject) -> None:
     before = drops(programs)["out_not_a_flow"]
     assert programs.test_run("serval_out", from_socket(UNKNOWN))[0] == TC_SHOT
-    assert programs.test_run("serval_insert", from_socket(OUR_FLOW), 0x99)[0] == TC_SHOT
-    assert drops(programs)["out_not_a_flow"] == before + 2
+    assert programs.test_run("serval_insert", waiting(OUR_FLOW), 0)[0] == TC_SHOT
+    assert programs.test_run("serval_insert", waiting(UNKNOWN), WIRE_INDEX | ASK_NEIGHBOUR)[0] == TC_SHOT
+    assert programs.test_run("serval_insert", waiting(OUR_FLOW)[:40], WIRE_INDEX)[0] == TC_SHOT
+    assert drops(programs)["out_not_a_flow"] == before + 4
 
 
-def test_insert_puts_the_header_before_tcp(programs: BpfObject) -> None:
-    body = segment(US, PEER, (0, 0))
-    mark = struct.unpack("=I", struct.pack("!I", OUR_FLOW))[0]
-    verdict, result, mark_after = programs.test_run(
-        "serval_insert", ETHERNET + ipv4.emit(US, PEER, 6, body), mark
-    )
-    assert (verdict, mark_after) == (TC_REDIRECT, 0)
-    assert result[14:].hex() == ipv4.emit(US, PEER, 144, sal.data_header(OUR_FLOW, PEER_FLOW, 6) + body).hex()
+@pytest.mark.parametrize("neighbour", [0, ASK_NEIGHBOUR], ids=["known", "asked for"])
+def test_insert_puts_the_header_before_tcp(programs: BpfObject, neighbour: int) -> None:
+    verdict, result, mark = programs.test_run("serval_insert", waiting(OUR_FLOW), WIRE_INDEX | neighbour)
+    assert (verdict, mark) == (TC_REDIRECT, 0)
+    header = sal.data_header(OUR_FLOW, PEER_FLOW, 6)
+    assert result.hex() == (TO_NEIGHBOUR + ipv4.emit(US, PEER, 144, header + segment(US, PEER, (0, 0)))).hex()
 
 
-def test_insert_writes_the_addresses_it_knows(programs: BpfObject) -> None:
-    """The next hop is reachable: its address and ours are in the entry, and no neighbour is looked up."""
-    key = struct.pack("!I", OUR_FLOW)
-    entry = bytearray(programs.map("flows").get(key) or b"")
-    entry[FLOW_FLAGS] = struct.pack("=I", FLOW_NEIGHBOUR_KNOWN)
-    programs.map("flows").update(key, bytes(entry))
-    packet = ETHERNET + ipv4.emit(US, PEER, 6, segment(US, PEER, (0, 0)))
-    verdict, result, _ = programs.test_run("serval_insert", packet, struct.unpack("=I", key)[0])
-    assert (verdict, result[:14].hex()) == (TC_REDIRECT, "0200000000bb0200000000aa0800")
+@pytest.mark.parametrize("length", [0, 1, 1447, 1448])
+def test_insert_keeps_the_ip_checksum_right(programs: BpfObject, length: int) -> None:
+    """It is changed, not computed: every carry has to go round."""
+    for identification in (0, 1, 0x7FFF, 0xBEEF, 0xFFF3, 0xFFFF):
+        body = segment(US, PEER, (0, 0), payload=bytes(length))
+        header = sal.data_header(OUR_FLOW, PEER_FLOW, 6)
+        before = TO_NEIGHBOUR + header + ipv4.emit(US, PEER, 6, body, identification=identification)
+        _, result, _ = programs.test_run("serval_insert", before, WIRE_INDEX)
+        after = ipv4.emit(US, PEER, 144, header + body, identification=identification)
+        assert result[14:].hex() == after.hex()
+
+
+def test_a_superpacket_counts_as_what_becomes_of_it(programs: BpfObject) -> None:
+    payload = bytes(2 * 1000 + 500)
+    programs.test_run("serval_out", from_socket(OUR_FLOW, payload=payload), 0, 3)
+    programs.test_run("serval_out", from_socket(OUR_FLOW, payload=b""))
+    state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
+    assert state[:2] == (3 + 1, 4 * (20 + 12 + 20) + len(payload))
 
 
 def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> None:
