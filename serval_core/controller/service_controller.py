@@ -48,19 +48,19 @@ class ServiceController:
 
     async def start(self) -> None:
         """Start everything or nothing. Raises OurMistake (a service or the directory is not to be had)."""
-        with contextlib.ExitStack() as undo:
-            self._start(undo)
-            self._undo = undo.pop_all()
+        try:
+            with contextlib.ExitStack() as undo:
+                self._start(undo)
+                self._undo = undo.pop_all()
+        except BaseException:
+            self._forget()
+            raise
         self._wake()
 
     async def stop(self) -> None:
         """Unregister, save, and leave the stack as it was found. Stopping twice is harmless."""
         self._undo.close()
-        for handle in (self._timer, self._woken):
-            if handle is not None:
-                handle.cancel()
-        self._timer = self._woken = None
-        self._host = self._router = self._resolver = None
+        self._forget()
 
     def withhold(self, prefix: ServicePrefix, *, withheld: bool) -> None:
         """Do not register what is bound to `prefix`, because it does not work just now; or do so again."""
@@ -138,6 +138,13 @@ class ServiceController:
         for name, answer in requests.items():
             stack.stack_socket.register(name, _handler(answer))
             undo.callback(stack.stack_socket.unregister, name)
+
+    def _forget(self) -> None:
+        for handle in (self._timer, self._woken):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._woken = None
+        self._host = self._router = self._resolver = None
 
     def _make_resolver(self, directory: Directory) -> Resolver:
         settings, stack = self._plan.settings.resolver, self._stack

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +21,10 @@ from serval_core.controller.settings import (
 from serval_core.errors import OurMistake
 from serval_core.identity import create_identity
 from serval_core.names import ServicePrefix, format_address, parse_service
-from serval_core.stack_socket import StackSocketClient
+from serval_core.stack_socket import RequestFailed, StackNotRunning, StackSocketClient
 from tests.serval_core.stack_thread import StackThread
 
-from .controlled import Controlled, host_settings, router_settings, start_process
+from .controlled import ROOT, Controlled, host_settings, router_settings, start_process
 
 SERVICE = "76568"
 
@@ -281,3 +283,32 @@ def test_nothing_is_half_started(network: dict[str, Host], tmp_path: Path) -> No
         assert stack.call(stack.stack.bound_services) == [parse_service("88888")]
         assert not stack.call(lambda: stack.stack.forwarding)
         stack.run(controller.stop())
+
+
+def test_servald_is_a_router_that_survives_kill_9(network: dict[str, Host], tmp_path: Path) -> None:
+    """The daemon, with a file; started again it knows what it knew."""
+    configuration = tmp_path / "router.toml"
+    configuration.write_text(f'[router]\nenabled = true\ndirectory = "{tmp_path}/directory.sqlite"\n')
+    command = [sys.executable, "-c", "from serval_core.daemon import main; main()", "-c", configuration]
+
+    def start() -> subprocess.Popen[str]:
+        return network["router"].popen(command, cwd=ROOT)
+
+    def known() -> list[tuple[str, str]]:
+        try:
+            listed = network["router"].call(StackSocketClient().request, "registrations")
+        except (StackNotRunning, RequestFailed):
+            return []  # it is still starting
+        return [(each["prefix"], each["address"]) for each in listed["received"]]
+
+    first = start()
+    with Controlled(network["left"], host_settings(routers=("10.1.0.4",), refresh_s=1.0)) as left:
+        left.listen(SERVICE)
+        wait_for(lambda: known() == [(SERVICE, "10.1.0.2")], "the registration")
+        first.kill()
+        first.wait()
+        second = start()
+        wait_for(lambda: known() == [(SERVICE, "10.1.0.2")], "the registration, again")
+    wait_for(lambda: known() == [], "the end of the registration")
+    second.terminate()
+    assert second.wait(10) == 0
