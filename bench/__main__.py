@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from bench import lpm
+from bench import lpm, router
 from bench.machine import facts
 from bench.report import summarize, table, write_json, write_plot
-from bench.run import FULL, QUICK, run
+from bench.run import FAILURES, FULL, QUICK, run
 
 BUSY_SHARE_MAX = 0.1
 RESULTS = Path(__file__).parent / "results"
@@ -52,10 +52,24 @@ def main() -> int:
                 results.failures.append(str(error))
             else:
                 others["service_table"] = large._asdict()
+        with console.status("a service router") as status:
+            rounds, seconds = (
+                (router.QUICK_ROUNDS, router.QUICK_SECONDS)
+                if arguments.quick
+                else (router.ROUNDS, router.SECONDS)
+            )
+            try:
+                routing = router.measure(rounds, seconds, lambda text: status.update(escape(text)))
+            except FAILURES as error:
+                results.failures.append(str(error))
+            else:
+                others["service_router"] = routing._asdict()
     summary = summarize(results)
     console.print(table(summary))
     if "service_table" in others:
         console.print(lpm.sentence(large))
+    if "service_router" in others:
+        console.print(router.sentence(routing))
     for name, why in results.absent.items():
         console.print(f"absent: {name}: {why}")
     if results.idle_busy_share > BUSY_SHARE_MAX:
