@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.commands import identities, services, watching
+from serval_core.commands import echoes, identities, services, transfers, watching
 
 PROGRAM = "serval"
 
@@ -37,6 +37,10 @@ for command in (
     watching.routers,
     identities.keygen,
     identities.service_id,
+    transfers.tcp_server,
+    transfers.tcp_client,
+    echoes.udp_echo,
+    echoes.ping,
 ):
     cli.add_command(command)
 

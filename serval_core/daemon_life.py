@@ -17,7 +17,10 @@ from serval_core.configured_stack import refuse_unknown_names, stack_settings
 from serval_core.controller.plan import ControllerPlan
 from serval_core.controller.service_controller import ServiceController
 from serval_core.daemon_config import DaemonSettings
+from serval_core.dataplane.kernel import KernelDataPlane
+from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
 from serval_core.stack import ServalStack
+from serval_core.stack_socket import StackSocketServer
 from serval_core.systemd import inherited_sockets, notify_systemd
 
 log = structlog.get_logger("servald")
@@ -39,7 +42,8 @@ class Daemon:
         settings = self._settings
         refuse_unknown_names(settings.stack)
         stack = await ServalStack.start(
-            stack_settings(settings.stack, settings.timeouts.connect_s, settings.access), inherited_sockets()
+            stack_settings(settings.stack, settings.timeouts.connect_s, settings.access),
+            inherited_sockets().get(NATIVE_SOCKET_ADDRESS.encode()),
         )
         try:
             replace_rules(stack.table, (), settings.rules, contextlib.ExitStack())
@@ -60,10 +64,16 @@ class Daemon:
 
     async def clean_up(self) -> None:
         """Remove what a crashed stack has left; programs that it gave connections to see them reset. Raises StackBusy."""
-        stack = await ServalStack.start(
-            stack_settings(self._settings.stack, self._settings.timeouts.connect_s, self._settings.access)
-        )
-        await stack.stop()
+        lock = StackSocketServer()
+        lock.open()
+        try:
+            told = stack_settings(self._settings.stack, self._settings.timeouts.connect_s, self._settings.access)
+            data_plane = KernelDataPlane(told.dataplane)
+            leftovers = data_plane.open()
+            data_plane.close()
+        finally:
+            lock.close()
+        log.info("cleaned up", found=leftovers)
 
 
 def report_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class ServalDatagramSocket(StackSocket):
         data = _checked(payload, DATAGRAM_LIMIT_BYTES)
         if not self._bound:
             self.bind("")
-        self._raise_pending()
+        self.raise_failure()
         destination = parse_address(where.address) if where.address else 0
         self._tell(
             DATAGRAM.pack(DATAGRAM_MARK, destination, 0, where.service.service_id, service or DEFAULT_SERVICE) + data
@@ -146,7 +146,8 @@ class ServalDatagramSocket(StackSocket):
             return code
         return super().getsockopt(level, option, *arguments)
 
-    def _raise_pending(self) -> None:
+    def raise_failure(self) -> None:
+        """Raise what has gone wrong with a datagram, once."""
         if self._pending_errno:
             code, self._pending_errno = self._pending_errno, 0
             raise OSError(code, self._pending_error)

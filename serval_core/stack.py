@@ -12,7 +12,7 @@ import errno
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,6 @@ from serval_core.effects import (
 )
 from serval_core.errors import KernelRefused
 from serval_core.names import FlowID, ServiceID, ServicePrefix
-from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
 from serval_core.native_service import NativeService
 from serval_core.paths import PathFinder
 from serval_core.rules import Rule
@@ -51,7 +50,7 @@ from serval_core.service_events import ServiceEvents
 from serval_core.service_requests import ServiceRequests
 from serval_core.service_table import ServiceTable
 from serval_core.stack_services import StackServices, report_defect
-from serval_core.stack_socket import STACK_SOCKET_ADDRESS, StackSocketServer
+from serval_core.stack_socket import StackSocketServer
 from serval_core.unattended import Holder, UnattendedFlows
 
 log = structlog.get_logger("serval_core.stack")
@@ -66,9 +65,6 @@ RESET_ATTEMPTS = 10
 TCP_CLOSED = 7  # linux/tcp.h
 NO_DESCRIPTOR = -1  # of a connection whose socket another program has
 READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
-
-
-NO_SOCKETS: Mapping[bytes, socket.socket] = {}
 
 
 @dataclass(frozen=True)
@@ -127,19 +123,19 @@ class ServalStack:
 
     @classmethod
     async def start(
-        cls, settings: StackSettings | None = None, inherited: Mapping[bytes, socket.socket] = NO_SOCKETS
+        cls, settings: StackSettings | None = None, native_listener: socket.socket | None = None
     ) -> ServalStack:
         """Take the namespace, clean up after a crashed predecessor, set the data plane up, serve the stack socket.
 
-        `inherited`: listening sockets of the service manager by their addresses; the stack takes those that have its names.
+        `native_listener` (taken): a listening socket for native programs that the service manager has opened.
         Raises StackBusy when another stack runs here, KernelRefused when a privilege or a kernel feature is missing; then nothing
         is left behind.
         """
         stack = cls(settings or StackSettings())
         stack._loop = asyncio.get_running_loop()
-        stack.stack_socket.open(inherited.get(STACK_SOCKET_ADDRESS.encode()))
+        stack.stack_socket.open()
         try:
-            stack.native.open(inherited.get(NATIVE_SOCKET_ADDRESS.encode()))
+            stack.native.open(native_listener)
             leftovers = stack._dataplane.open()
         except BaseException:
             stack.native.close()

@@ -121,16 +121,12 @@ class StackSocketServer:
         """Answer requests called `name` no more."""
         del self._handlers[name]
 
-    def open(self, listener: socket.socket | None = None) -> None:
-        """Take the name and begin to serve. StackBusy if another process of this network namespace has it.
-
-        `listener` (taken): a listening socket that already has the name.
-        """
+    def open(self) -> None:
+        """Take the name and begin to serve. StackBusy if another process of this network namespace has it."""
         if self._listener is not None:
             raise OurMistake("the stack socket is already open")
         loop = asyncio.get_running_loop()
-        self._listener = listener or _bind()
-        self._listener.setblocking(False)
+        self._listener = _bind()
         loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:

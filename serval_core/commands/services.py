@@ -22,7 +22,7 @@ from serval_core.commands.options import (
 from serval_core.config_file import Misconfigured
 from serval_core.nearest import nearest
 from serval_core.rules import NUMBER_MAX
-from serval_core.stack_socket import StackSocketClient
+from serval_core.stack_socket import RequestFailed, StackSocketClient
 from serval_core.tables import Row, new_console, new_table, print_json, service_table, target_text
 
 VERDICTS = ("delay", "drop")
@@ -110,7 +110,7 @@ def delete(service: str, target: str | None, as_json: bool) -> None:
             if each["type"] != "DEMUX" and not each["broadcast"]
         ]
         if not requests:
-            raise click.ClickException(f"there is no rule for {prefix} that could be deleted")
+            raise RequestFailed(f"there is no rule for {prefix} that could be deleted")
     for request in requests:
         client.request("service_delete", service=str(prefix), **request)
     _done({"prefix": str(prefix), "deleted": len(requests)}, f"deleted {len(requests)} rule(s) for {prefix}", as_json)
