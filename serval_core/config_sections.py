@@ -34,6 +34,11 @@ class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
     broadcast_resolution: bool = True
     syn_initial_timeout_s: Seconds = 0.2
     syn_timeout_max_s: Seconds = 3.0
+    target_down_s: Seconds = 2.0  # how long an instance that does not answer is passed over; doubles
+    target_down_max_s: Seconds = 30.0
+    refuse_unknown_services: bool = False  # answer SYNs for services that nobody here listens on
+    delay_limit: Backlog = 1024  # connects and packets that DELAY rules hold
+    delay_timeout_s: Seconds = 5.0
     backlog: Backlog = 1024
 
 

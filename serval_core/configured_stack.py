@@ -23,6 +23,11 @@ def stack_settings(stack: StackSection, connect_timeout_s: float, access: tuple[
             syn_initial_timeout_s=stack.syn_initial_timeout_s,
             syn_timeout_max_s=max(stack.syn_timeout_max_s, stack.syn_initial_timeout_s),
             connect_timeout_s=connect_timeout_s,
+            target_down_s=stack.target_down_s,
+            target_down_max_s=max(stack.target_down_max_s, stack.target_down_s),
+            refuse_unknown_services=stack.refuse_unknown_services,
+            delay_limit=stack.delay_limit,
+            delay_timeout_s=stack.delay_timeout_s,
             backlog=stack.backlog,
         ),
         dataplane=DataPlaneSettings(

@@ -57,6 +57,7 @@ def test_json_and_picture_hold_everything(tmp_path: Path) -> None:
     assert document["samples"]["throughput"][HAProxy.name][2]["bits_per_s"] == 10e9
     assert document["absent"] == {"socat": "socat is not installed"}
     assert document["failures"] == ["one"]
+    assert document["others"] == {"service_table": {"prefixes": 9}}
     assert document["summary"] == summary
     write_plot(tmp_path / "r.png", summary)
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
