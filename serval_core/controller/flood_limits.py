@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 SENDERS_MAX = 8192
+ROUNDING = 1e-6
 
 
 class TokenBucket:
@@ -26,10 +27,14 @@ class TokenBucket:
         """Take a token; false if there is none."""
         self._tokens = min(self._size, self._tokens + (now - self._filled_at) * self._rate_per_s)
         self._filled_at = now
-        if self._tokens < 1:
+        if self._tokens < 1 - ROUNDING:
             return False
         self._tokens -= 1
         return True
+
+    def ready_at(self) -> float:
+        """When there is a token, if none is taken before."""
+        return self._filled_at + max(0.0, (1 - self._tokens) / self._rate_per_s)
 
 
 class SenderBuckets:

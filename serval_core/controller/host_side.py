@@ -42,7 +42,9 @@ class HostSide:
         self._wake = wake
         numbers = random.SystemRandom()
         signer = Signer(plan.identities) if plan.identities else None
-        self.role = HostRole(registration.refresh_s, registration.lifetime_s, signer, numbers)
+        self.role = HostRole(
+            registration.refresh_s, registration.lifetime_s, signer, numbers, time.monotonic()
+        )
         self.finder = RouterFinder(registration.refresh_s, plan.router_keys, numbers)
         self.offers = Offers(
             registration.priority, registration.weight, plan.aggregates, self._offer, self._withdraw
@@ -72,8 +74,9 @@ class HostSide:
         if self._endpoint is None:
             return
         self._unsubscribe()
-        self.role.withdraw_all(time.time())
-        self._send(self.role.take_outgoing(), self._plan.router_id)
+        self.role.withdraw_all()
+        outgoing = self.role.take_outgoing(time.monotonic(), time.time(), unlimited=True)
+        self._send(outgoing, self._plan.router_id)
         for router in list(self._routed):
             self._unroute(router)
         self._stack.broadcast_resolution = self._broadcasts_before
@@ -82,8 +85,8 @@ class HostSide:
 
     def host_changed(self) -> None:
         """Addresses, interfaces or routes have changed."""
-        now, wall = time.monotonic(), time.time()
-        self.role.set_ways(self._ways(), now, wall)
+        now = time.monotonic()
+        self.role.set_ways(self._ways(), now)
         settings = self._plan.settings
         if settings.registration.discover and not self._plan.routers and not settings.router.enabled:
             self.finder.set_networks(
@@ -103,10 +106,10 @@ class HostSide:
 
     def run(self, now: float, wall: float) -> None:
         """Do what is due, send what is to be sent, and keep the default rules right."""
-        self.role.handle_timeouts(now, wall)
+        self.role.handle_timeouts(now)
         self.finder.handle_timeouts(now)
         self._send(self.finder.take_outgoing(), DISCOVERY_SERVICE)
-        self._send(self.role.take_outgoing(), self._plan.router_id)
+        self._send(self.role.take_outgoing(now, wall), self._plan.router_id)
         self._update_default_rules()
 
     def snapshot(self) -> list[dict[str, object]]:
@@ -133,11 +136,11 @@ class HostSide:
                     yield Way(-each.index, each.broadcast_address, each.address)
 
     def _offer(self, prefix: ServicePrefix, priority: int, weight: int) -> None:
-        self.role.offer(prefix, priority, weight, time.monotonic(), time.time())
+        self.role.offer(prefix, priority, weight, time.monotonic())
         self._wake()
 
     def _withdraw(self, prefix: ServicePrefix) -> None:
-        self.role.withdraw(prefix, time.time())
+        self.role.withdraw(prefix)
         self._wake()
 
     def _table_changed(self, kind: str, rule: Rule) -> None:

@@ -16,17 +16,22 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from serval_core.controller.authentication import Signer
+from serval_core.controller.flood_limits import TokenBucket
 from serval_core.core import RandomSource
 from serval_core.names import ServicePrefix
 from serval_core.rules import FORWARD_PRIORITY, FORWARD_WEIGHT
 from serval_core.wire.control_messages import MessageType, Registration, emit_registration
 from serval_core.wire.registration_offer import Offer, emit_extension
 
-PROTOTYPE_LIFETIME_S = 50  # SPEC 7.4: what a router assumes when nothing is said
+# What a router assumes when nothing is said (SPEC 7.4).
+PROTOTYPE_OFFER = Offer(FORWARD_PRIORITY, FORWARD_WEIGHT, 50)
 # Nothing acknowledges the first registration, and the first packet to a host is the one that gets lost.
 CONFIRMATION_S = 1.0
 # Refreshes of many services spread over time instead of staying where they began.
 REFRESH_SPREAD = 0.1
+# Well below what a router of ours takes of one host (`settings.RouterSection.messages_per_host_s`).
+MESSAGES_PER_S = 150.0
+MESSAGES_BURST = 500.0
 
 
 class Way(NamedTuple):
@@ -49,22 +54,25 @@ class Outgoing(NamedTuple):
 
 
 class _Service:
-    """One registered prefix. `told`: per way, the address that its router has."""
+    """One offered prefix."""
 
-    __slots__ = ("next_refresh", "priority", "told", "weight")
+    __slots__ = ("next_refresh", "priority", "weight")
 
     def __init__(self, priority: int, weight: int) -> None:
         self.priority = priority
         self.weight = weight
-        self.told: dict[int, int] = {}
         self.next_refresh = 0.0
 
 
 class HostRole:
-    """Keeps routers informed. Collect what is to be sent with `take_outgoing` after every call."""
+    """Keeps routers informed. Collect what is to be sent with `take_outgoing` after every call.
+
+    What is sent is limited in rate, as routers take no more of one host. A service that comes and goes before its
+    turn causes no message at all.
+    """
 
     def __init__(
-        self, refresh_s: float, lifetime_s: float, signer: Signer | None, random: RandomSource
+        self, refresh_s: float, lifetime_s: float, signer: Signer | None, random: RandomSource, now: float
     ) -> None:
         self._refresh_s = refresh_s
         self._lifetime_s = max(1, int(lifetime_s))
@@ -73,10 +81,14 @@ class HostRole:
         self._ways: dict[int, Way] = {}
         self._services: dict[ServicePrefix, _Service] = {}
         self._refreshes: list[tuple[float, ServicePrefix]] = []
-        self._outgoing: list[Outgoing] = []
+        # Per prefix and way, the address that the router there has been told. Outlives the offer until the
+        # router was told of its end.
+        self._told: dict[ServicePrefix, dict[int, int]] = {}
+        self._pending: dict[tuple[ServicePrefix, int], MessageType] = {}
+        self._bucket = TokenBucket(MESSAGES_PER_S, MESSAGES_BURST, now)
         self._transaction_id = 0
 
-    def offer(self, prefix: ServicePrefix, priority: int, weight: int, now: float, wall: float) -> None:
+    def offer(self, prefix: ServicePrefix, priority: int, weight: int, now: float) -> None:
         """This host serves `prefix` from now on, or does so with another priority or weight."""
         service = self._services.get(prefix)
         if service is not None and (service.priority, service.weight) == (priority, weight):
@@ -85,59 +97,64 @@ class HostRole:
             service = self._services[prefix] = _Service(priority, weight)
         else:
             service.priority, service.weight = priority, weight
-        for way in self._ways.values():
-            self._register(prefix, service, way, wall)
-        self._schedule(prefix, service, now + min(CONFIRMATION_S, self._refresh_s))
+        self._register(prefix, service, self._ways, now + min(CONFIRMATION_S, self._refresh_s))
 
-    def withdraw(self, prefix: ServicePrefix, wall: float) -> None:
+    def withdraw(self, prefix: ServicePrefix) -> None:
         """This host does not serve `prefix` any more. One that was not offered is no error."""
-        service = self._services.pop(prefix, None)
-        if service is None:
+        if self._services.pop(prefix, None) is None:
             return
-        for way in self._ways.values():
-            if way.key in service.told:
-                self._send(MessageType.UNREGISTER, prefix, service, way, wall)
+        told = self._told.pop(prefix, {})
+        for key in self._ways:
+            self._pending.pop((prefix, key), None)
+            if key in told:
+                self._pending[prefix, key] = MessageType.UNREGISTER
+                self._told.setdefault(prefix, {})[key] = told[key]
 
-    def withdraw_all(self, wall: float) -> None:
+    def withdraw_all(self) -> None:
         """This host serves nothing any more."""
         for prefix in list(self._services):
-            self.withdraw(prefix, wall)
+            self.withdraw(prefix)
 
-    def set_ways(self, ways: Iterable[Way], now: float, wall: float) -> None:
+    def set_ways(self, ways: Iterable[Way], now: float) -> None:
         """Which routers there are and how they are reached. What is new or changed is told at once.
 
         A way that goes and comes back, as when an interface gets another address, leads to the same router,
         which is told what replaces what.
         """
         before, self._ways = self._ways, {way.key: way for way in ways}
-        changed = [way for key, way in self._ways.items() if before.get(key) != way]
-        for prefix, service in self._services.items():
-            for way in changed:
-                self._register(prefix, service, way, wall)
-            if changed:
-                self._schedule(prefix, service, now + min(CONFIRMATION_S, self._refresh_s))
+        changed = [key for key, way in self._ways.items() if before.get(key) != way]
+        if changed:
+            for prefix, service in self._services.items():
+                self._register(prefix, service, changed, now + min(CONFIRMATION_S, self._refresh_s))
 
     def next_timeout(self) -> float | None:
-        """When `handle_timeouts` has something to do, None if never."""
+        """When `handle_timeouts` or `take_outgoing` has something to do, None if never."""
         self._drop_stale()
-        return self._refreshes[0][0] if self._refreshes else None
+        due = [self._refreshes[0][0]] if self._refreshes else []
+        if self._pending:
+            due.append(self._bucket.ready_at())
+        return min(due, default=None)
 
-    def handle_timeouts(self, now: float, wall: float) -> None:
-        """Send the refreshes that are due."""
+    def handle_timeouts(self, now: float) -> None:
+        """See to the refreshes that are due."""
         self._drop_stale()
         while self._refreshes and self._refreshes[0][0] <= now:
             _, prefix = heapq.heappop(self._refreshes)
-            service = self._services[prefix]
-            for way in self._ways.values():
-                self._register(prefix, service, way, wall)
-            self._schedule(
-                prefix, service, now + self._refresh_s * (1 - REFRESH_SPREAD * self._random.random())
-            )
+            spread = 1 - REFRESH_SPREAD * self._random.random()
+            self._register(prefix, self._services[prefix], self._ways, now + self._refresh_s * spread)
             self._drop_stale()
 
-    def take_outgoing(self) -> list[Outgoing]:
-        """What is to be sent, in order."""
-        outgoing, self._outgoing = self._outgoing, []
+    def take_outgoing(self, now: float, wall: float, *, unlimited: bool = False) -> list[Outgoing]:
+        """What is to be sent now, in order. `unlimited`: there is no later."""
+        outgoing = []
+        while self._pending:
+            prefix, key = next(iter(self._pending))
+            way, service = self._ways.get(key), self._services.get(prefix)
+            if way is not None:
+                if not self._bucket.take(now) and not unlimited:
+                    break
+                outgoing.append(self._message(self._pending[prefix, key], prefix, service, way, wall))
+            del self._pending[prefix, key]
         return outgoing
 
     def snapshot(self) -> list[dict[str, object]]:
@@ -156,25 +173,33 @@ class HostRole:
                 return
             heapq.heappop(self._refreshes)
 
-    def _schedule(self, prefix: ServicePrefix, service: _Service, due: float) -> None:
-        service.next_refresh = due
-        heapq.heappush(self._refreshes, (due, prefix))
-
-    def _register(self, prefix: ServicePrefix, service: _Service, way: Way, wall: float) -> None:
-        self._send(MessageType.REGISTER, prefix, service, way, wall)
-        service.told[way.key] = way.source
-
-    def _send(
-        self, kind: MessageType, prefix: ServicePrefix, service: _Service, way: Way, wall: float
+    def _register(
+        self, prefix: ServicePrefix, service: _Service, keys: Iterable[int], next_refresh: float
     ) -> None:
+        for key in keys:
+            self._pending[prefix, key] = MessageType.REGISTER
+        service.next_refresh = next_refresh
+        heapq.heappush(self._refreshes, (next_refresh, prefix))
+
+    def _message(
+        self, kind: MessageType, prefix: ServicePrefix, service: _Service | None, way: Way, wall: float
+    ) -> Outgoing:
         self._transaction_id = (self._transaction_id + 1) & 0xFFFFFFFF
-        told = service.told.get(way.key, 0) if kind is MessageType.REGISTER else 0
-        message = Registration(kind, self._transaction_id, prefix, bool(told), told)
-        offer = Offer(service.priority, service.weight, self._lifetime_s)
+        before, offer = 0, Offer(FORWARD_PRIORITY, FORWARD_WEIGHT, self._lifetime_s)
+        told = self._told.setdefault(prefix, {})
+        if service is not None and kind is MessageType.REGISTER:
+            before = told.get(way.key, 0)
+            told[way.key] = way.source
+            offer = Offer(service.priority, service.weight, self._lifetime_s)
+        else:
+            del told[way.key]
+            if not told:
+                del self._told[prefix]
+        message = Registration(kind, self._transaction_id, prefix, bool(before), before)
         if self._signer is not None:
             payload = self._signer.sign(message, offer, way.source, wall)
-        elif offer == (FORWARD_PRIORITY, FORWARD_WEIGHT, PROTOTYPE_LIFETIME_S):
+        elif kind is MessageType.UNREGISTER or offer == PROTOTYPE_OFFER:
             payload = emit_registration(message)
         else:
             payload = emit_registration(message) + emit_extension(offer)
-        self._outgoing.append(Outgoing(payload, way.destination))
+        return Outgoing(payload, way.destination)

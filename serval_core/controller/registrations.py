@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 from serval_core.controller.authentication import Moment, Signed
@@ -28,8 +29,9 @@ from serval_core.rules import Rule, RuleType
 from serval_core.service_table import ServiceTable
 from serval_core.wire.registration_offer import Offer
 
-# What has not been written after this time is.
+# What has not been written after this time is. A batch takes some 5 ms, in which the stack does nothing else.
 SAVE_INTERVAL_S = 5.0
+SAVE_BATCH = 1000
 FORGET_INTERVAL_S = 60.0
 STALE_EXPIRIES_MAX = 1024
 
@@ -75,11 +77,47 @@ class Record:
         """What identifies it."""
         return Instance(self.prefix, self.address)
 
+    def stored(self, now: float, wall: float) -> StoredRegistration:
+        """What the directory keeps of it."""
+        return StoredRegistration(
+            self.prefix,
+            self.address,
+            self.priority,
+            self.weight,
+            self.lifetime_s,
+            self.registered_at_wall,
+            wall + self.expires_at - now,
+            self.public_key,
+        )
+
     def rule(self) -> Rule:
         """What the service table says because of it."""
         return Rule.forward(
             self.prefix, self.address, priority=self.priority, weight=self.weight, origin="registered"
         )
+
+
+class _Prefix:
+    """The registrations of one prefix. `weights`: their sum, per priority."""
+
+    __slots__ = ("hosts", "weights")
+
+    def __init__(self) -> None:
+        self.hosts = 0
+        self.weights: dict[int, int] = {}
+
+    def add(self, record: Record, sign: int) -> None:
+        """Count a record, or with -1 no longer."""
+        self.hosts += sign
+        weight = self.weights.get(record.priority, 0) + sign * record.weight
+        if weight:
+            self.weights[record.priority] = weight
+        else:
+            del self.weights[record.priority]
+
+    def weight(self) -> int:
+        """The weights of the instances that are used: those of the highest priority."""
+        return self.weights[max(self.weights)]
 
 
 class Registrations:
@@ -104,7 +142,7 @@ class Registrations:
         self._prefix_changed = prefix_changed
         self._moments_s = moments_s
         self._records: dict[Instance, Record] = {}
-        self._by_prefix: dict[ServicePrefix, dict[int, Record]] = {}
+        self._prefixes: dict[ServicePrefix, _Prefix] = {}
         self._per_host: Counter[int] = Counter()
         self._expiries: list[tuple[float, Instance]] = []
         self._unsaved: dict[Instance, None] = {}
@@ -144,7 +182,9 @@ class Registrations:
     def stop(self, now: float, wall: float) -> None:
         """Save everything and take the rules back; the registrations stay in the directory."""
         self._unsaved.update(dict.fromkeys(self._records))
-        self.save(now, wall)
+        self._save_at = now
+        while self._save_at == now and (self._unsaved or self._unsaved_moments):
+            self.save(now, wall)
         self._unsubscribe()
         for record in list(self._records.values()):
             self._take_out(record)
@@ -167,10 +207,6 @@ class Registrations:
             }
             for record in self._records.values()
         ]
-
-    def prefixes(self) -> Iterator[tuple[ServicePrefix, int]]:
-        """Every registered prefix and the sum of its instances' weights."""
-        return ((prefix, _weight(records)) for prefix, records in self._by_prefix.items())
 
     # -- changes --------------------------------------------------------------------------------------------
 
@@ -241,7 +277,8 @@ class Registrations:
             self._save_at = now + SAVE_INTERVAL_S
 
     def _tell_weight(self, prefix: ServicePrefix) -> None:
-        self._prefix_changed(prefix, _weight(self._by_prefix.get(prefix, {})))
+        of_prefix = self._prefixes.get(prefix)
+        self._prefix_changed(prefix, 0 if of_prefix is None else of_prefix.weight())
 
     def _install(self, record: Record, previous: Record | None = None) -> bool:
         """Put the record and its rule in force, in place of the previous one's. False, and no change, when
@@ -264,7 +301,7 @@ class Registrations:
             self._strike(previous)
         instance = record.instance
         self._records[instance] = record
-        self._by_prefix.setdefault(record.prefix, {})[record.address] = record
+        self._prefixes.setdefault(record.prefix, _Prefix()).add(record, 1)
         self._per_host[record.address] += 1
         self._unsaved[instance] = None
         self._tell_weight(record.prefix)
@@ -284,10 +321,10 @@ class Registrations:
         """Remove the record from the books."""
         instance = record.instance
         del self._records[instance]
-        of_prefix = self._by_prefix[record.prefix]
-        del of_prefix[record.address]
-        if not of_prefix:
-            del self._by_prefix[record.prefix]
+        of_prefix = self._prefixes[record.prefix]
+        of_prefix.add(record, -1)
+        if not of_prefix.hosts:
+            del self._prefixes[record.prefix]
         self._per_host[record.address] -= 1
         if not self._per_host[record.address]:
             del self._per_host[record.address]
@@ -336,47 +373,32 @@ class Registrations:
             heapq.heapify(self._expiries)
 
     def save(self, now: float, wall: float) -> None:
-        """Write what is unsaved. A failure is counted and published, and tried again later."""
-        put: list[StoredRegistration] = []
-        removed: list[Instance] = []
-        for instance in self._unsaved:
-            record = self._records.get(instance)
-            if record is None:
-                removed.append(instance)
-                continue
-            expires_at = wall + record.expires_at - now
-            put.append(
-                StoredRegistration(
-                    *instance,
-                    record.priority,
-                    record.weight,
-                    record.lifetime_s,
-                    record.registered_at_wall,
-                    expires_at,
-                    record.public_key,
-                )
-            )
+        """Write what is unsaved, at most SAVE_BATCH at a time: the rest is due at once.
+
+        A failure is counted and published, and tried again later.
+        """
+        batch = list(islice(self._unsaved, SAVE_BATCH))
+        moments = dict(islice(self._unsaved_moments.items(), SAVE_BATCH))
+        records = [self._records[instance] for instance in batch if instance in self._records]
         forget_before_us = 0
         if now >= self._forget_at:
             forget_before_us = int((wall - self._moments_s) * 1_000_000)
             self._forget_at = now + FORGET_INTERVAL_S
+        changes = Changes(
+            [record.stored(now, wall) for record in records],
+            [instance for instance in batch if instance not in self._records],
+            tuple(moments.items()),
+            forget_before_us,
+        )
         try:
-            self._directory.write(
-                Changes(put, removed, tuple(self._unsaved_moments.items()), forget_before_us)
-            )
+            self._directory.write(changes)
         except DirectoryFailed as failure:
             self.counters["directory_failures"] += 1
             self._save_at = now + SAVE_INTERVAL_S
             self._publish("directory_failed", why=str(failure))
             return
-        self._unsaved.clear()
-        self._unsaved_moments.clear()
-        self._save_at = None
-
-
-def _weight(records: dict[int, Record]) -> int:
-    """The weights of the instances that are used: those of the highest priority."""
-    if not records:
-        return 0
-    highest = max(record.priority for record in records.values())
-    return sum(record.weight for record in records.values() if record.priority == highest)
+        for instance in batch:
+            del self._unsaved[instance]
+        for signed in moments:
+            del self._unsaved_moments[signed]
+        self._save_at = now if self._unsaved or self._unsaved_moments else None

@@ -98,7 +98,8 @@ class Host:
 
     def __init__(self, address: int = HOST, signer: Signer | None = None, lifetime_s: float = 50.0) -> None:
         self.now = START
-        self.role = HostRole(20.0, lifetime_s, signer, Random(1))
+        self.clock_error_s = 0.0
+        self.role = HostRole(20.0, lifetime_s, signer, Random(1), self.now)
         self.move(address)
 
     @property
@@ -107,25 +108,28 @@ class Host:
 
     def move(self, address: int) -> None:
         self.address = address
-        self.role.set_ways([Way(ROUTER, ROUTER, address)], self.now, self.wall)
+        self.role.set_ways([Way(ROUTER, ROUTER, address)], self.now)
 
     def offer(self, prefix: ServicePrefix = SERVICE, priority: int = 1, weight: int = 1) -> None:
-        self.role.offer(prefix, priority, weight, self.now, self.wall)
+        self.role.offer(prefix, priority, weight, self.now)
 
     def withdraw(self, prefix: ServicePrefix = SERVICE) -> None:
-        self.role.withdraw(prefix, self.wall)
+        self.role.withdraw(prefix)
+
+    def outgoing(self) -> list[Outgoing]:
+        return self.role.take_outgoing(self.now, self.wall + self.clock_error_s)
 
     def payloads(self) -> list[bytes]:
-        return [outgoing.payload for outgoing in self.role.take_outgoing()]
+        return [outgoing.payload for outgoing in self.outgoing()]
 
     def advance(self, seconds: float) -> list[tuple[float, Outgoing]]:
         """Let time pass. What was sent, with the seconds since the start of the call."""
         start, until = self.now, self.now + seconds
-        sent = [(0.0, outgoing) for outgoing in self.role.take_outgoing()]
+        sent = [(0.0, outgoing) for outgoing in self.outgoing()]
         while (due := self.role.next_timeout()) is not None and due <= until:
             self.now = max(self.now, due)
-            self.role.handle_timeouts(self.now, self.wall)
-            sent += [(self.now - start, outgoing) for outgoing in self.role.take_outgoing()]
+            self.role.handle_timeouts(self.now)
+            sent += [(self.now - start, outgoing) for outgoing in self.outgoing()]
         self.now = until
         return sent
 

@@ -158,9 +158,11 @@ def test_a_stripped_signature_makes_it_an_unsigned_message(signer: Signer) -> No
 
 def test_a_clock_that_is_set_back_does_not_make_a_host_a_replay_of_itself(signer: Signer) -> None:
     host, router = Host(signer=signer), Router(SIGNED_ONLY)
-    host.role.offer(SERVICE, 1, 1, host.now, WALL + 30)
+    host.clock_error_s = 30
+    host.offer()
     router.receive(registration(host))
-    host.role.offer(SERVICE, 1, 2, host.now, WALL)
+    host.clock_error_s = 0
+    host.offer(weight=2)
     router.receive(registration(host))
     assert router.rules() == {("76568", "10.0.0.1", 1, 2)}
 
@@ -169,7 +171,8 @@ def test_what_would_not_pass_as_fresh_is_forgotten(identity: Identity) -> None:
     authenticator, signer = Authenticator(60.0), Signer([identity])
     host = Host(signer=signer)
     for number in range(1, 101):
-        host.role.offer(parse_service(str(number)), 1, 1, host.now, WALL + number)
+        host.clock_error_s = number
+        host.offer(parse_service(str(number)))
         (payload,) = host.payloads()
         proof = parse_extension(payload).proof
         assert proof is not None

@@ -146,3 +146,22 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OurMistake, match="cannot be made"):
         SqliteDirectory(str(tmp_path / "file" / "directory.sqlite"))
     assert os.listdir(tmp_path).count("notes.txt") == 1
+
+
+def test_many_changes_are_written_bit_by_bit_and_all_before_the_end(tmp_path: Path) -> None:
+    """The stack must not stand still for thousands of refreshes."""
+    directory = SqliteDirectory(str(tmp_path / "directory.sqlite"))
+    router = Router(directory=directory, messages_per_host_s=1e6, registrations_per_host=10_000)
+    for number in range(1, 2501):
+        router.receive(register(parse_service(str(number))))
+        router.now += 0.001
+    role = router.role.registrations
+    for written in (1000, 2000, 2500):
+        assert role.next_timeout() is not None
+        role.handle_timeouts(router.now, router.wall)
+        assert len(directory.registrations(0)) == written
+    for number in range(1, 2501):
+        router.receive(unregister(parse_service(str(number))))
+        router.now += 0.001
+    role.stop(router.now, router.wall)
+    assert directory.registrations(0) == []

@@ -74,16 +74,16 @@ def test_a_router_that_appears_later_is_told_everything_and_one_that_went_nothin
     host.offer()
     host.offer(OTHER_SERVICE)
     host.payloads()
-    host.role.set_ways([Way(ROUTER, ROUTER, HOST), Way(9, 9, HOST)], host.now, host.wall)
-    outgoing = host.role.take_outgoing()
+    host.role.set_ways([Way(ROUTER, ROUTER, HOST), Way(9, 9, HOST)], host.now)
+    outgoing = host.outgoing()
     assert [(each.destination, parse_registration(each.payload).refresh) for each in outgoing] == [
         (9, False),
         (9, False),
     ]
-    host.role.set_ways([Way(9, 9, HOST)], host.now, host.wall)
+    host.role.set_ways([Way(9, 9, HOST)], host.now)
     assert host.payloads() == []
     host.withdraw()
-    assert [each.destination for each in host.role.take_outgoing()] == [9]
+    assert [each.destination for each in host.outgoing()] == [9]
 
 
 def test_weight_and_priority_follow_the_48_bytes_and_reach_the_rule() -> None:
@@ -108,6 +108,59 @@ def test_withdrawing_all_unregisters_each() -> None:
     host.offer(OTHER_SERVICE)
     deliver(host, router)
     assert len(router.rules()) == 2
-    host.role.withdraw_all(host.wall)
+    host.role.withdraw_all()
     deliver(host, router)
     assert router.rules() == set()
+
+
+def test_a_service_that_comes_and_goes_before_its_turn_costs_no_message() -> None:
+    """Ten thousand short-lived sockets must not use up what routers take of this host."""
+    host, router = Host(), Router()
+    host.offer()
+    deliver(host, router)
+    for number in range(1, 10_001):
+        host.offer(parse_service(str(number)))
+        host.withdraw(parse_service(str(number)))
+    assert host.payloads() == []
+    for number in range(1, 1001):
+        host.offer(parse_service(str(number)))
+    first = host.payloads()
+    assert len(first) == 499
+    sent = host.advance(4)
+    assert 550 <= len(sent) <= 601 + 10
+    for number in range(1, 1001):
+        host.withdraw(parse_service(str(number)))
+    host.withdraw()
+    for payload in [*first, *(outgoing.payload for _, outgoing in sent)]:
+        router.now += 0.01
+        router.receive(payload)
+    assert router.refusals() == {}
+    last = host.role.take_outgoing(host.now, host.wall, unlimited=True)
+    for outgoing in last:
+        router.now += 0.01
+        router.receive(outgoing.payload)
+    assert router.rules() == set()
+
+
+def test_an_end_that_was_not_told_yet_is_taken_back() -> None:
+    host, router = Host(), Router()
+    host.offer()
+    deliver(host, router)
+    host.withdraw()
+    host.offer()
+    (payload,) = host.payloads()
+    assert parse_registration(payload).kind is MessageType.REGISTER
+    router.receive(payload)
+    assert len(router.rules()) == 1
+
+
+def test_an_end_that_was_taken_back_and_comes_after_all_is_told() -> None:
+    host, router = Host(), Router()
+    host.offer()
+    deliver(host, router)
+    host.withdraw()
+    host.offer()
+    host.withdraw()
+    deliver(host, router)
+    assert router.rules() == set()
+    assert host.role._told == {}

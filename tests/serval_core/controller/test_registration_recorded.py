@@ -53,18 +53,18 @@ def test_our_host_says_what_the_prototype_said(address: str) -> None:
     ways = iter([Way(-1, broadcast, source), Way(router, router, source)])
     known: set[ServicePrefix] = set()
     host = Host()
-    host.role.set_ways([next(ways)], host.now, host.wall)
+    host.role.set_ways([next(ways)], host.now)
     sent: list[Outgoing] = []
     for each in of_host(address):
         message = parse_registration(each.payload)
         if message.kind is MessageType.UNREGISTER:
             host.withdraw(message.prefix)
         elif message.prefix in known:
-            host.role.set_ways([next(ways)], host.now, host.wall)
+            host.role.set_ways([next(ways)], host.now)
         else:
             host.offer(message.prefix)
             known.add(message.prefix)
-        sent += host.role.take_outgoing()
+        sent += host.outgoing()
     assert sent == [Outgoing(each.payload, each.destination) for each in of_host(address)]
 
 
@@ -114,7 +114,7 @@ def test_what_the_prototype_marks_with_a_refresh_flag_but_never_told_us_is_regis
 
 def test_a_prefix_of_256_bits_is_written_as_zero_and_shorter_ones_as_they_are() -> None:
     host = Host()
-    host.role.set_ways([Way(1, 2, 3)], host.now, host.wall)
+    host.role.set_ways([Way(1, 2, 3)], host.now)
     for prefix in (parse_service("0xabcd:16"), ServicePrefix.of(ServiceID(b"\xab" * 32), 256)):
         host.offer(prefix)
         payload = host.payloads()[-1]

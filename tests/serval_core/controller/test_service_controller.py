@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -277,12 +278,16 @@ def test_nothing_is_half_started(network: dict[str, Host], tmp_path: Path) -> No
         pytest.fail("started")
     with StackThread(network["left"]) as stack:
         stack.listen("88888")
+        defects: list[object] = []
+        stack.call(lambda: stack._loop.set_exception_handler(lambda _, context: defects.append(context)))
         controller = stack.call(lambda: ServiceController(stack.stack, router_settings()))
         with pytest.raises(OurMistake, match="already being listened on"):
             stack.run(controller.start())
         assert stack.call(stack.stack.bound_services) == [parse_service("88888")]
         assert not stack.call(lambda: stack.stack.forwarding)
         stack.run(controller.stop())
+        stack.run(asyncio.sleep(0))
+        assert defects == []
 
 
 def test_servald_is_a_router_that_survives_kill_9(network: dict[str, Host], tmp_path: Path) -> None:
