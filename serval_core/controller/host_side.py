@@ -1,8 +1,9 @@
 """How does a host keep in touch with its service routers? The host role and the search for routers, on a stack.
 
 Registrations go to the routers that the operator has named, and with none by broadcast to whatever router is
-on the attached networks. What this host cannot resolve itself goes to its routers too: a default rule each, in
-place of the broadcast ones for as long as there is a router. The protocol is `registration` and `discovery`.
+on the attached networks. What this host cannot resolve itself goes to its routers too, by a default rule each:
+in place of the broadcast ones for routers that were named, and before them for routers that were found, which
+may not know every host of the network. The protocol is `registration` and `discovery`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from serval_core.controller.registration import HostRole, Outgoing, Way
 from serval_core.datagrams import Datagram, DatagramEndpoint
 from serval_core.errors import OurMistake, TheirMistake
 from serval_core.names import DEFAULT_PREFIX, ServiceID, ServicePrefix, format_address
-from serval_core.rules import Rule, RuleType
+from serval_core.rules import FORWARD_PRIORITY, Rule, RuleType
 from serval_core.stack import ServalStack
 from serval_core.wire.router_discovery import DISCOVERY_SERVICE
 
 log = structlog.get_logger("serval_core.controller")
 
+# Above broadcasting, which is the last resort.
+DISCOVERED_PRIORITY = FORWARD_PRIORITY + 1
 _OPERATORS = frozenset({"configured", "manual"})
 
 
@@ -50,6 +53,7 @@ class HostSide:
             registration.priority, registration.weight, plan.aggregates, self._offer, self._withdraw
         )
         self._control_services = frozenset({plan.router_id, plan.client_id, DISCOVERY_SERVICE})
+        self._refusing: set[ServicePrefix] = set()  # something listens, but lets no flow begin
         self._routed: set[int] = set()
         self._broadcasts_before = stack.broadcast_resolution
         self._endpoint: DatagramEndpoint | None = None
@@ -144,8 +148,18 @@ class HostSide:
         self._wake()
 
     def _table_changed(self, kind: str, rule: Rule) -> None:
-        if rule.type is RuleType.DEMUX:
-            self._bound(rule.prefix, bound=kind == "rule_added")
+        if rule.type is not RuleType.DEMUX:
+            return
+        prefix = rule.prefix
+        if kind == "target_down":
+            self._refusing.add(prefix)
+            self.offers.withhold(prefix, withheld=True)
+            return
+        if kind != "target_up":
+            self._bound(prefix, bound=kind == "rule_added")
+        if prefix in self._refusing:
+            self._refusing.remove(prefix)
+            self.offers.withhold(prefix, withheld=False)
 
     def _bound(self, prefix: ServicePrefix, *, bound: bool) -> None:
         if prefix.service_id in self._control_services:
@@ -183,15 +197,16 @@ class HostSide:
         for router in self._routed - wanted:
             log.info("a service router is not used any more", address=format_address(router))
             self._unroute(router)
+        priority = FORWARD_PRIORITY if self._plan.routers else DISCOVERED_PRIORITY
         for router in wanted - self._routed:
+            rule = Rule.forward(DEFAULT_PREFIX, router, priority=priority, origin="default")
             try:
-                self._stack.table.add(Rule.forward(DEFAULT_PREFIX, router, origin="default"))
+                self._stack.table.add(rule)
             except OurMistake:
                 self.counters["default_rules_refused"] += 1  # the operator says more about this router
                 continue
             self._routed.add(router)
-        # A silent router must not make every connect a broadcast: it may just not know this one service.
-        self._stack.broadcast_resolution = self._broadcasts_before and not wanted
+        self._stack.broadcast_resolution = self._broadcasts_before and not self._plan.routers
 
     def _operator_has_default(self) -> bool:
         return any(rule.origin in _OPERATORS for rule in self._default_rules())

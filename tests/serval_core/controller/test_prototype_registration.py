@@ -5,6 +5,7 @@ And does what no host would send leave everything as it was?
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from lab.hosts import Host, Lab
 from lab.waiting import wait_for
+from serval_core.controller.authentication import Signer
 from serval_core.controller.settings import ControllerSettings, PolicyEntry
 from serval_core.identity import Identity, create_identity
 from serval_core.names import parse_address, parse_service
@@ -97,6 +99,35 @@ def test_our_host_registers_with_a_prototype_router_at_its_address_signed(
         assert heard[:7] == ("10.77.0.3", REGISTER, 1, False, 16, "0.0.0.0", b"\xab\xcd" + bytes(30))
         assert heard.length_bytes == 48 + 132
         assert host.rules("default") == {("default", "10.77.0.2", 1)}
+
+
+def test_signed_messages_pass_once_unchanged_and_from_their_host(
+    pair: tuple[Host, Host], prototype_host: PlayedServd, identity: Identity
+) -> None:
+    """Somebody on the wire repeats, changes and borrows what a host has signed."""
+    wire, service = prototype_host, parse_service(str(SERVICE))
+    signer, offer = Signer([identity]), Offer(1, 2, 50)
+    first, second, end = (
+        signer.sign(Registration(kind, number, service), offer, parse_address("10.77.0.66"), time.time())
+        for number, kind in enumerate((MessageType.REGISTER, MessageType.REGISTER, MessageType.UNREGISTER))
+    )
+    settings = router_settings(policy=(PolicyEntry(SERVICE, "signed"),))
+    with Controlled(pair[0], settings) as router:
+        wire.send("10.77.0.66", "10.77.0.3", first)
+        router.wait_rules((str(SERVICE), "10.77.0.66", 2))
+        for source, payload, reason in (
+            ("10.77.0.66", first, "replayed"),
+            ("10.77.0.67", second, "wrong_address"),
+            ("10.77.0.66", second[:-1] + bytes([second[-1] ^ 1]), "wrong_signature"),
+            ("10.77.0.66", second[:48], "not_signed"),
+            ("10.77.0.66", end[:48], "not_signed"),
+        ):
+            before = router.refusals().get(reason, 0)
+            wire.send(source, "10.77.0.3", payload)
+            wait_for(lambda r=reason, b=before: router.refusals().get(r, 0) == b + 1, reason)
+        assert router.rules() == {(str(SERVICE), "10.77.0.66", 2)}
+        wire.send("10.77.0.66", "10.77.0.3", end)
+        router.wait_rules()
 
 
 def test_what_no_host_would_send_is_refused_and_disturbs_nobody(

@@ -53,7 +53,6 @@ def test_binding_registers_and_closing_unregisters(network: dict[str, Host], rou
         rules = [(SERVICE, "10.1.0.2", 1), ("0xabcd:16", "10.1.0.2", 1), ("80", "10.1.0.2", 1)]
         router.wait_rules(*rules)
         left.wait_rules(("default", "10.1.0.4", 1), origin="default")
-        assert not left.broadcasts()
         listener.close()
         router.wait_rules(*rules[1:])
         left.call(endpoint.close)
@@ -105,18 +104,15 @@ def test_services_without_target_are_withheld_and_offered_again(
 def test_a_killed_host_is_forgotten_and_others_stay(network: dict[str, Host], router: Controlled) -> None:
     """kill -9 of the process with the stack: nothing says goodbye, the registration lapses."""
     quick = host_settings(refresh_s=0.3, lifetime_s=1.0)
-    with Controlled(network["right"], quick) as right:
+    with Controlled(network["right"], ControllerSettings()) as right:
         right.listen(SERVICE)
         process = start_process(network["left"], quick, SERVICE)
         router.wait_rules((SERVICE, "10.1.0.2", 1), (SERVICE, "10.1.0.3", 1))
         process.kill()
         process.wait()
         router.wait_rules((SERVICE, "10.1.0.3", 1))
-    ended = [event for event in router.news if event["event"] == "unregistered"]
-    assert [(event["address"], event["why"]) for event in ended] == [
-        ("10.1.0.2", "expired"),
-        ("10.1.0.3", "unregistered"),
-    ]
+    ended = {event["address"]: event["why"] for event in router.news if event["event"] == "unregistered"}
+    assert ended == {"10.1.0.2": "expired", "10.1.0.3": "unregistered"}
 
 
 def test_a_killed_router_comes_back_with_its_registrations(network: dict[str, Host], tmp_path: Path) -> None:
@@ -155,17 +151,42 @@ def test_a_new_address_is_registered_in_place_of_the_old_one(
 
 
 def test_a_router_that_starts_later_is_found_and_one_that_ends_is_left(network: dict[str, Host]) -> None:
-    """Until there is a router, and after there was one, services are looked for by broadcast."""
+    """The default rule to it comes and goes."""
     quick = host_settings(refresh_s=0.3, lifetime_s=1.0)
     with Controlled(network["left"], quick) as left:
         left.listen(SERVICE)
-        assert left.broadcasts()
         with Controlled(network["router"], router_settings(announced_s=1.0)) as router:
             router.wait_rules((SERVICE, "10.1.0.2", 1))
             left.wait_rules(("default", "10.1.0.4", 1), origin="default")
-            wait_for(lambda: not left.broadcasts(), "no broadcasts")
         left.wait_rules(origin="default")
-        wait_for(left.broadcasts, "broadcasts")
+
+
+def test_a_router_that_was_found_does_not_hide_hosts_that_do_not_register(
+    network: dict[str, Host], router: Controlled
+) -> None:
+    """The router is asked first and does not know the service: then everybody is."""
+    with (
+        StackThread(network["left"]) as left,
+        Controlled(network["client"], ControllerSettings()) as client,
+    ):
+        listener = left.listen(SERVICE)
+        client.wait_rules(("default", "10.1.0.4", 1), origin="default")
+        assert client.broadcasts()
+        near, far = client.connect(SERVICE), listener.accept()
+        near.release()
+        far.release()
+        assert router.rules() == set()
+
+
+def test_a_router_that_was_named_takes_the_place_of_broadcasts(
+    network: dict[str, Host], router: Controlled
+) -> None:
+    with Controlled(network["left"], host_settings(routers=("10.1.0.4",))) as left:
+        left.wait_rules(("default", "10.1.0.4", 1), origin="default")
+        assert not left.broadcasts()
+        left.run(left.controller.stop())
+        assert left.broadcasts()
+        assert left.rules("default") == set()
 
 
 def test_what_the_operator_says_about_the_default_service_counts_more(
