@@ -194,14 +194,13 @@ class Router:
 
     def _rule_changed(self, kind: str, rule: Rule) -> None:
         self._forget_decisions()
-        if self._complete:
+        if self._complete and self._fits():
             self._mirror(rule.prefix)
 
     def _mirror_all(self) -> None:
         """Bring the whole map in line with the table. What does not fit leaves everything to user space."""
         assert self._programs is not None
-        if len(self._table) > PREFIXES_MAX:
-            self._give_up(f"the table has more than {PREFIXES_MAX} prefixes")
+        if not self._fits():
             return
         prefixes = self._table.prefixes()
         self._complete = True
@@ -211,6 +210,12 @@ class Router:
                 self._mirror(prefix)
         if self._complete:
             self._programs.extend_lease()
+
+    def _fits(self) -> bool:
+        if len(self._table) > PREFIXES_MAX:
+            self._give_up(f"the table has more than {PREFIXES_MAX} prefixes")
+            return False
+        return True
 
     def _give_up(self, why: str) -> None:
         """The program does not know the whole table: it must not forward by what it knows."""

@@ -13,7 +13,7 @@ from serval_core.effects import SendPacket
 from serval_core.errors import TheirMistake
 from serval_core.forwarding import rewrite
 from serval_core.names import format_address, parse_address, parse_service
-from serval_core.rules import Rule
+from serval_core.rules import Rule, RuleType
 from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_table import ServiceTable
 from serval_core.wire import ipv4, sal, udp
@@ -344,3 +344,51 @@ def test_routers_that_point_at_each_other_end_the_loop() -> None:
     assert first.sal.counters["packets_forwarded"] == 1
     assert second.sal.counters["packets_forwarded"] == 0
     assert second.sal.counters["forwarding_without_target"] == 1
+
+
+def delaying() -> LoneHost:
+    host = LoneHost(FORWARDING)
+    host.table.add(Rule.delay(SERVICE))
+    return host
+
+
+def known_now(host: LoneHost) -> int:
+    """Somebody has said where the service is."""
+    host.table.remove_rule(SERVICE, RuleType.DELAY)
+    host.forward(REMOTE)
+    return host.sal.release_delayed(SERVICE, host.now)
+
+
+def test_delayed_packets_go_on_when_the_service_is_known() -> None:
+    """A SYN that is repeated while it waits goes on once, each datagram for itself."""
+    host = delaying()
+    for packet in (syn(), syn(), datagram(b"one"), datagram(b"two")):
+        assert forwarded(host, packet) is None
+    assert host.dropped("repeated_while_delayed") == 1
+    assert known_now(host) == 3
+    assert [packet.destination for packet in host.packets()] == [REMOTE] * 3
+    assert host.sal.counters["packets_forwarded"] == 3
+
+
+def test_delayed_syn_is_answered_here_when_a_listener_has_come() -> None:
+    host = delaying()
+    assert forwarded(host, syn()) is None
+    host.table.remove_rule(SERVICE, RuleType.DELAY)
+    host.listen()
+    assert host.sal.release_delayed(SERVICE, host.now) == 1
+    assert host.only_packet().control.flags == sal.SYN | sal.ACK
+
+
+def test_delayed_packets_that_nobody_can_place_are_dropped() -> None:
+    """By a verdict, by their age, or since the release found another DELAY rule; a SYN may wait again afterwards."""
+    host = delaying()
+    forwarded(host, syn())
+    assert host.sal.drop_delayed(SERVICE, host.now, "nobody knows") == 1
+    assert host.dropped("delayed") == 1
+    forwarded(host, syn())
+    host.advance(60)
+    assert host.dropped("delayed") == 2
+    forwarded(host, syn())
+    assert host.sal.release_delayed(SERVICE, host.now) == 1
+    assert host.dropped("delayed") == 3
+    assert host.packets() == []
