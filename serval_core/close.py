@@ -25,14 +25,26 @@ from serval_core.effects import (
 from serval_core.errors import TheirMistake
 from serval_core.flow import Flow, TimeWait
 from serval_core.handshake import transport_parameters
+from serval_core.migration import Migration
 from serval_core.names import after, before
 from serval_core.reset import resets_flow
 from serval_core.retransmission import backed_off_s
 from serval_core.sent_resets import SentResets
 from serval_core.states import Action, Event, State
-from serval_core.wire import tcp_segment
+from serval_core.wire import ipv4, tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, FIN, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, Control, SalPacket
+from serval_core.wire.sal import (
+    ACK,
+    FIN,
+    PROTOCOL_SAL,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    RST,
+    RSYN,
+    SYN,
+    Control,
+    SalPacket,
+)
 
 _SERIAL_MASK = 0xFFFFFFFF
 
@@ -40,10 +52,13 @@ _SERIAL_MASK = 0xFFFFFFFF
 class Close:
     """Processes what happens to flows after their handshake, and ends them."""
 
-    __slots__ = ("_core", "_datagrams", "_sent_resets")
+    __slots__ = ("_core", "_datagrams", "_migration", "_sent_resets")
 
-    def __init__(self, core: Core, sent_resets: SentResets, datagrams: ConnectedDatagrams) -> None:
+    def __init__(
+        self, core: Core, sent_resets: SentResets, datagrams: ConnectedDatagrams, migration: Migration
+    ) -> None:
         self._core = core
+        self._migration = migration
         self._datagrams = datagrams
         self._sent_resets = sent_resets
         core.register(
@@ -95,7 +110,9 @@ class Close:
 
     # What the peer says.
 
-    def receive(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
+    def receive(
+        self, flow: Flow, ip: IPv4Packet, sal: SalPacket, interface_index: int, now: float
+    ) -> None:
         """Process a packet for a flow whose handshake is over. Raises TheirMistake."""
         control = sal.control
         if control is None and flow.protocol == PROTOCOL_UDP:
@@ -117,14 +134,15 @@ class Close:
             return
         if control.nonce != flow.peer_nonce:
             raise TheirMistake("wrong_nonce")
-        if flags & RSYN:
-            raise TheirMistake("migration_unsupported")
         if flow.state is State.CONNECTED:
             if flags == SYN | ACK and flow.listener is None:
                 self._repeated_syn_ack(flow, control, now)
                 return
             # The peer's answer shows that it has our handshake ACK.
             self._core.stop_retransmission(flow, now)
+        if flags & RSYN:
+            self._migration_received(flow, ip, control, interface_index, now)
+            return
         ahead = control.verno - flow.receive_next & _SERIAL_MASK
         if flags != ACK and ahead > self._core.settings.version_gap_limit:
             if before(control.verno, flow.receive_next):
@@ -133,22 +151,49 @@ class Close:
             raise TheirMistake("version_gap")
         if flags & SYN or not flags & (ACK | FIN):
             raise TheirMistake("meaningless_control")
+        brings_news = after(control.ackno, flow.send_unacknowledged)
         if not self._acknowledge(flow, control.ackno, now) and not flags & FIN:
             raise TheirMistake("wrong_ackno")
         if flags & FIN:
-            flow.receive_next = control.verno + 1 & _SERIAL_MASK
-            self._core.step(flow, Event.FIN_RECEIVED, now)
+            self._fin_received(flow, control, now)
+        elif not brings_news:
+            self._migration.acknowledged(flow, control, now)
 
-    def time_wait_received(self, record: TimeWait, sal: SalPacket) -> None:
+    def _migration_received(
+        self, flow: Flow, ip: IPv4Packet, control: Control, interface_index: int, now: float
+    ) -> None:
+        """RSYN or RSYN-ACK, perhaps with a FIN, which is processed after it (SPEC 5.3). Raises TheirMistake."""
+        flags = control.flags
+        if flags & SYN:
+            raise TheirMistake("meaningless_control")
+        limit = self._core.settings.version_gap_limit
+        fin_is_new = flags & FIN and control.verno - flow.receive_next & _SERIAL_MASK <= limit
+        self._acknowledge(flow, control.ackno, now)
+        if flow.flow_id not in self._core.flows.by_id:
+            return  # that was the end of it
+        if flags & ACK:
+            self._migration.rsyn_ack_received(flow, control, now)
+        else:
+            self._migration.rsyn_received(flow, ip, control, interface_index, now)
+        if fin_is_new:
+            self._fin_received(flow, control, now)
+
+    def _fin_received(self, flow: Flow, control: Control, now: float) -> None:
+        flow.receive_next = control.verno + 1 & _SERIAL_MASK
+        self._core.step(flow, Event.FIN_RECEIVED, now)
+
+    def time_wait_received(self, record: TimeWait, ip: IPv4Packet, sal: SalPacket) -> None:
         """Process a packet for a flow in TIMEWAIT: only a repeated FIN is answered. Raises TheirMistake."""
         control = sal.control
         if control is None or not control.flags & FIN:
             raise TheirMistake("time_wait")
         if control.nonce != record.peer_nonce:
             raise TheirMistake("wrong_nonce")
-        self._core.effects.append(
-            SendPacket(record.acknowledgement, record.destination, record.interface_index)
-        )
+        # To where the peer is now: it may have moved since.
+        packet, interface_index = record.acknowledgement, record.interface_index
+        if ip.source != record.destination:
+            packet, interface_index = ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, packet[20:]), 0
+        self._core.effects.append(SendPacket(packet, ip.source, interface_index))
         raise TheirMistake("repeated_control")
 
     def _repeated_syn_ack(self, flow: Flow, control: Control, now: float) -> None:
@@ -217,7 +262,10 @@ class Close:
     def _transmit_fin(self, flow: Flow, now: float) -> None:
         core = self._core
         assert flow.fin_verno is not None
-        core.send_control(flow, FIN, flow.fin_verno)
+        if self._migration.takes_fin(flow, now):
+            return
+        # Not always `fin_verno`: RSYNs may have carried it since.
+        core.send_control(flow, FIN, flow.send_next - 1 & _SERIAL_MASK)
         wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.control_timeout_max_s)
         core.restart_retransmission(flow, now + wait_s, self._fin_unanswered)
 
@@ -232,7 +280,11 @@ class Close:
             self._core.step(flow, Event.GAVE_UP, now)
 
     def _send_ack(self, flow: Flow, now: float) -> None:
-        flow.last_acknowledgement = self._core.send_control(flow, ACK, flow.send_next)
+        core = self._core
+        if self._migration.answers_instead(flow, now):
+            flow.last_acknowledgement = core.control_packet(flow, ACK, flow.send_next)
+        else:
+            flow.last_acknowledgement = core.send_control(flow, ACK, flow.send_next)
 
     def _send_reset(self, flow: Flow, now: float) -> None:
         packet = self._core.send_control(flow, RST | ACK, flow.send_next)

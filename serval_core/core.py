@@ -16,7 +16,7 @@ from serval_core.flow import Flow
 from serval_core.flow_table import FlowTable
 from serval_core.liveness import Liveness
 from serval_core.names import ServiceID
-from serval_core.paths import PathFinder
+from serval_core.paths import Path, PathFinder
 from serval_core.retransmission import RoundTrips
 from serval_core.sal_settings import SalSettings
 from serval_core.service_table import ServiceTable
@@ -121,7 +121,21 @@ class Core:
         transport: bytes = b"",
     ) -> bytes:
         """Send a control packet of the flow to its peer, and return the IPv4 packet."""
-        packet = ipv4.emit(
+        packet = self.control_packet(flow, flags, verno, service, source_addresses, transport)
+        self.effects.append(SendPacket(packet, flow.peer_address, flow.interface_index))
+        return packet
+
+    def control_packet(
+        self,
+        flow: Flow,
+        flags: int,
+        verno: int,
+        service: ServiceID | None = None,
+        source_addresses: tuple[int, ...] = (),
+        transport: bytes = b"",
+    ) -> bytes:
+        """The IPv4 packet that `send_control` sends."""
+        return ipv4.emit(
             flow.local_address,
             flow.peer_address,
             PROTOCOL_SAL,
@@ -138,8 +152,20 @@ class Core:
                 transport,
             ),
         )
-        self.effects.append(SendPacket(packet, flow.peer_address, flow.interface_index))
-        return packet
+
+    def send_control_on(self, flow: Flow, flags: int, verno: int, path: Path, destination: int) -> None:
+        """Send a control packet of the flow on another path than its own, to `destination`."""
+        payload = emit_control(
+            flow.flow_id,
+            flow.peer_flow_id,
+            flow.protocol,
+            flags,
+            verno,
+            flow.receive_next,
+            flow.local_nonce,
+        )
+        packet = ipv4.emit(path.source_address, destination, PROTOCOL_SAL, payload)
+        self.effects.append(SendPacket(packet, destination, path.interface_index))
 
     def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the flow's retransmission timer, in place of the one that may be running."""
@@ -177,6 +203,9 @@ class Core:
         """Take the flow out of every table without a word."""
         self.stop_timers(flow, now)
         self.leave_backlog(flow)
+        if flow.moves is not None:
+            self.timers.cancel(flow.moves.timer)
+            self.timers.cancel(flow.moves.answer_timer)
         if flow.search is not None and flow.search.parked is not None:
             self.delayed.withdraw(flow.search.parked)
         self.flows.remove(flow)

@@ -17,6 +17,7 @@ from serval_core.effects import (
     Effect,
     EndOfStream,
     FlowEnded,
+    MovePath,
     OpenDatagrams,
 )
 from serval_core.errors import KernelRefused
@@ -233,6 +234,12 @@ class DatagramFlows:
         flow = self._flows.get(effect.flow_id)
         if flow is not None and flow.on_datagram is not None and not flow.finished:
             flow.on_datagram(effect.payload)
+
+    def moved(self, effect: MovePath) -> None:
+        """An end of a flow is elsewhere. Its datagrams find the way by themselves."""
+        flow = self._flows.get(effect.flow_id)
+        if flow is not None:
+            flow.local_address, flow.peer_address = effect.local_address, effect.peer_address
 
     def connected(self, effect: Connected) -> None:
         """A flow is open that this host began."""

@@ -77,6 +77,21 @@ class OpenTransport:
 
 
 @dataclass(frozen=True, slots=True)
+class MovePath:
+    """An end of the flow is elsewhere: from now on its data goes this way. The socket knows nothing of it.
+
+    Comes after the new path has been proven in both directions, and before the packet that says so to the peer.
+    `mtu_bytes` is that of the IP packet.
+    """
+
+    flow_id: FlowID
+    local_address: int
+    peer_address: int
+    interface_index: int
+    mtu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class InjectSegment:
     """A TCP segment that arrived before its socket existed; deliver it now. `segment` is the TCP part only.
 
@@ -190,7 +205,7 @@ class Happened:
 
 
 Effect = (
-    SendPacket | ExpectData | ForgetExpected | OpenTransport | InjectSegment | EndOfStream | ResetTransport | CloseTransport
-    | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
+    SendPacket | ExpectData | ForgetExpected | OpenTransport | MovePath | InjectSegment | EndOfStream | ResetTransport
+    | CloseTransport | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
     | OpenDatagrams | DeliverFlowDatagram
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from serval_core.delay_queue import Parked
+from serval_core.moves import Moves
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
@@ -114,6 +115,7 @@ class Flow:
         "listener",
         "local_address",
         "local_nonce",
+        "moves",
         "mtu_bytes",
         "offered_mss_bytes",
         "opened_at",
@@ -168,6 +170,7 @@ class Flow:
         self.peer_address = 0
         self.interface_index = 0
         self.mtu_bytes = 0
+        self.moves: Moves | None = None
 
         # The TCP handshake inside (SPEC 4.2). The timestamp clock starts anywhere, at an even number.
         self.initial_sequence = secrets >> 96 & 0xFFFFFFFF

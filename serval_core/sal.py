@@ -18,12 +18,15 @@ from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.core import Core, RandomSource
 from serval_core.delay_queue import DelayQueue
 from serval_core.effects import Effect, SendPacket
-from serval_core.errors import TheirMistake
+from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, SynKey
 from serval_core.forwarding import Forwarding
+from serval_core.migration import MOVABLE, Migration
+from serval_core.migration_states import OwnMove
+from serval_core.moves import LiveFlow
 from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
 from serval_core.passive_open import PassiveOpen
-from serval_core.paths import PathFinder
+from serval_core.paths import Path, PathFinder
 from serval_core.reset import answer_with_reset
 from serval_core.sal_settings import SalSettings
 from serval_core.sent_resets import SentResets
@@ -53,7 +56,8 @@ class ServiceAccessLayer:
         self._connected_datagrams = ConnectedDatagrams(self._core)
         self._passive_open = PassiveOpen(self._core, self._connected_datagrams)
         self._sent_resets = SentResets(self._core)
-        self._close = Close(self._core, self._sent_resets, self._connected_datagrams)
+        self._migration = Migration(self._core)
+        self._close = Close(self._core, self._sent_resets, self._connected_datagrams, self._migration)
         self._unconnected = Unconnected(self._core)
         self.forwarding = Forwarding(self._core, self._dispatch)
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
@@ -123,6 +127,42 @@ class ServiceAccessLayer:
     def abort(self, flow_id: FlowID, now: float) -> None:
         """Close with an RST to the peer. FlowEnded says ECONNABORTED unless the flow was closed already."""
         self._abort(flow_id, ECONNABORTED, now)
+
+    def migrate(self, flow_id: FlowID, path: Path, now: float, destination: int = 0) -> None:
+        """Move this end of a flow to `path`, its source address included; a newer wish replaces an older one.
+
+        The flow_migrated or migration_failed event says what became of it. Data takes the old path until the
+        peer has answered on the new one. `destination`, unless 0: the peer is there, not where it was.
+        OurMistake when there is no such flow, or it is being opened or closed already.
+        """
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is None:
+            raise OurMistake(f"there is no flow {flow_id}")
+        self._migration.migrate(flow, path, destination, now)
+
+    def live_flows(self) -> list[LiveFlow]:
+        """The flows that `migrate` can move."""
+        return [
+            LiveFlow(
+                flow.flow_id,
+                flow.service_id,
+                flow.local_address,
+                flow.peer_address,
+                flow.interface_index,
+                OwnMove.SETTLED if flow.moves is None else flow.moves.own,
+                None if flow.moves is None else flow.moves.path,
+            )
+            for flow in self._core.flows.by_id.values()
+            if flow.state in MOVABLE
+        ]
+
+    def path_lost(self, flow_id: FlowID, now: float) -> None:
+        """The path of a flow is gone and there is no other one. It waits for `migrate`, or for a path to its peer
+        to appear, and ends with ETIMEDOUT when that takes too long.
+        """
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._migration.path_lost(flow, now)
 
     def bind_datagrams(self, prefix: ServicePrefix | None) -> Endpoint:
         """Receive unconnected datagrams for `prefix`, or a random serviceID. See `unconnected`."""
@@ -224,6 +264,8 @@ class ServiceAccessLayer:
         for flow in list(self._core.flows.by_id.values()):
             if flow.state is State.REQUEST:
                 self._active_open.paths_changed(flow, now)
+            else:
+                self._migration.paths_changed(flow, now)
 
     def handle_timeouts(self, now: float) -> None:
         """Do what is due."""
@@ -270,7 +312,7 @@ class ServiceAccessLayer:
         flow = flows.by_id.get(sal.dst_flow_id)
         if flow is None:
             if (record := flows.time_wait.get(sal.dst_flow_id)) is not None:
-                self._close.time_wait_received(record, sal)
+                self._close.time_wait_received(record, ip, sal)
             elif (reset := self._sent_resets.find(sal.dst_flow_id)) is not None:
                 self._sent_resets.receive(reset, sal)
             elif not self.forwarding.takes(ip, sal, interface_index, broadcast, now):
@@ -280,7 +322,7 @@ class ServiceAccessLayer:
         elif flow.state is State.RESPOND:
             self._passive_open.receive(flow, ip, sal, now)
         else:
-            self._close.receive(flow, ip, sal, now)
+            self._close.receive(flow, ip, sal, interface_index, now)
 
     def _forwards_syn(
         self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
@@ -334,4 +376,7 @@ def _snapshot(flow: Flow, core: Core) -> dict[str, object]:
         "released": flow.released,
         "opened_at": flow.opened_at,
         "round_trip_s": core.round_trips.smoothed_s(flow.peer_address),
+        "mtu_bytes": flow.mtu_bytes,
+        "migration": "INITIAL" if flow.moves is None else flow.moves.name,
+        "migrations": 0 if flow.moves is None else flow.moves.completed,
     }

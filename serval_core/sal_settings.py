@@ -36,6 +36,13 @@ class SalSettings:
     control_timeout_max_s: float = 120.0
     control_retransmissions: int = 15
     released_retransmissions: int = 8  # nobody waits for the outcome any more
+    # RSYN and RSYN-ACK. A move that fails is taken back, which is tried less often: the old path is known to work,
+    # or not to. A flow without a path that works ends after `no_path_wait_s`.
+    migration_initial_timeout_s: float = 0.5
+    migration_timeout_max_s: float = 3.0
+    migration_retransmissions: int = 15
+    return_retransmissions: int = 5
+    no_path_wait_s: float = 90.0  # less than the kernel's TCP waits (DataPlaneSettings.peer_timeout_s)
     version_gap_limit: int = 256  # how far a version number may run ahead (SPEC 11.1, quirk 7)
 
     # Released, but the peer's TCP has not acknowledged our last bytes. A peer may read slowly, and one that is

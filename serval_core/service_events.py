@@ -30,6 +30,8 @@ KINDS = frozenset(
         "target_up",
         "flow_opened",
         "flow_ended",
+        "flow_migrated",
+        "migration_failed",
     }
 )
 LOST = "events_lost"

@@ -100,7 +100,7 @@ class _Verdict(_Strict):
     verdict: Literal["release", "drop"]
 
 
-A = TypeVar("A", bound=_Strict)
+A = TypeVar("A", bound=msgspec.Struct)
 
 
 class ServiceRequests:
@@ -113,14 +113,14 @@ class ServiceRequests:
     def handlers(self) -> dict[str, Handler]:
         """By the names under which they are asked for."""
         return {
-            "service_add": _checked(_Add, self._add),
-            "service_modify": _checked(_Modify, self._modify),
-            "service_delete": _checked(_Delete, self._delete),
-            "services": _checked(_Nothing, lambda _: self._services.table.snapshot()),
-            "resolve": _checked(_Resolve, self._resolve),
-            "events": _checked(_Events, self._events),
-            "stats": _checked(_Nothing, self._stats),
-            "delay_verdict": _checked(_Verdict, self._verdict),
+            "service_add": checked(_Add, self._add),
+            "service_modify": checked(_Modify, self._modify),
+            "service_delete": checked(_Delete, self._delete),
+            "services": checked(_Nothing, lambda _: self._services.table.snapshot()),
+            "resolve": checked(_Resolve, self._resolve),
+            "events": checked(_Events, self._events),
+            "stats": checked(_Nothing, self._stats),
+            "delay_verdict": checked(_Verdict, self._verdict),
         }
 
     def _add(self, asked: _Add) -> object:
@@ -217,7 +217,7 @@ def _rule(asked: _Add) -> Rule:
     )
 
 
-def _checked(kind: type[A], handler: Callable[[A], object]) -> Handler:
+def checked(kind: type[A], handler: Callable[[A], object]) -> Handler:
     """A handler of plain arguments, which are checked to be of `kind`."""
 
     def checked(arguments: dict[str, Any]) -> object:

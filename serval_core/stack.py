@@ -36,6 +36,7 @@ from serval_core.effects import (
     ForgetExpected,
     Happened,
     InjectSegment,
+    MovePath,
     OpenTransport,
     ResetTransport,
     SendPacket,
@@ -49,6 +50,7 @@ from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_events import ServiceEvents
 from serval_core.service_requests import ServiceRequests
 from serval_core.service_table import ServiceTable
+from serval_core.stack_migration import Migrations
 from serval_core.stack_services import StackServices, report_defect
 from serval_core.stack_socket import StackSocketServer
 from serval_core.unattended import Holder, UnattendedFlows
@@ -86,6 +88,7 @@ class ServalStack:
     datagrams: Datagrams
     router: Router
     services: StackServices
+    migrations: Migrations
 
     def __init__(self, settings: StackSettings) -> None:
         self.settings = settings
@@ -107,6 +110,7 @@ class ServalStack:
         self._carry_out: dict[type[Effect], Callable[[Any], None]] = {
             SendPacket: self._send_packet,
             OpenTransport: self._open_transport,
+            MovePath: self._move_path,
             ExpectData: lambda effect: self._dataplane.expect_data(effect.flow_id),
             ForgetExpected: lambda effect: self._dataplane.forget_expected(effect.flow_id),
             InjectSegment: self._inject_segment,
@@ -162,6 +166,9 @@ class ServalStack:
         )
         stack._carry_out |= stack.datagrams.carry_out
         stack._carry_out[Happened] = stack.services.happened
+        stack.migrations = Migrations(
+            stack._sal, stack._dataplane.paths, stack.events, stack._run_effects
+        )
         stack._update_broadcast_rules()
         stack.router = Router(
             stack.table,
@@ -181,6 +188,8 @@ class ServalStack:
         stack.stack_socket.register("flows", lambda _: stack.flows())
         stack.stack_socket.register("endpoints", lambda _: stack.datagrams.snapshot())
         for name, handler in ServiceRequests(stack.services).handlers().items():
+            stack.stack_socket.register(name, handler)
+        for name, handler in stack.migrations.handlers().items():
             stack.stack_socket.register(name, handler)
         stack.stack_socket.register("counters", lambda _: stack.counters())
         return stack
@@ -285,6 +294,11 @@ class ServalStack:
     def bound_services(self) -> list[ServicePrefix]:
         """The prefixes that something listens on here."""
         return self.table.bound()
+
+    @property
+    def half_open(self) -> int:
+        """How many flows have begun and are not accepted yet, for all listeners."""
+        return self._sal.half_open
 
     def release_delayed(self, prefix: ServicePrefix) -> int:
         """Resolve anew all that DELAY rules hold for services under `prefix`; returns how many those were."""
@@ -456,6 +470,14 @@ class ServalStack:
             self._sal.transport_failed(effect.flow_id, error.errno, time.monotonic())
             return
         self._connections[effect.flow_id] = Connection(self, effect, fd)
+
+    def _move_path(self, effect: MovePath) -> None:
+        connection = self._connections.get(effect.flow_id)
+        if connection is None:
+            self.datagrams.flows.moved(effect)
+            return
+        connection.local_address, connection.peer_address = effect.local_address, effect.peer_address
+        self._dataplane.move(effect)
 
     def _inject_segment(self, effect: InjectSegment) -> None:
         if effect.flow_id in self._connections and not self._dataplane.inject(

@@ -45,6 +45,7 @@ class KernelPaths:
         self._cache: dict[tuple[int, int], Path | None] = {}
         self._interfaces: tuple[Interface, ...] = ()
         self._by_index: dict[int, Interface] = {}
+        self._owners: dict[int, int] = {}  # address -> interface index
         self.refresh()
 
     def close(self) -> None:
@@ -53,11 +54,16 @@ class KernelPaths:
     def interfaces(self) -> Sequence[Interface]:
         return self._interfaces
 
+    def interface_of(self, address: int) -> Interface | None:
+        """The interface that has this address, which need not be its first one."""
+        return self._by_index.get(self._owners.get(address, 0))
+
     def refresh(self) -> None:
         """Ask the kernel again; forget all paths."""
         self._cache.clear()
         links = self._netlink.run("list links", lambda ip: list(ip.get_links()))
         addresses = self._netlink.run("list addresses", lambda ip: list(ip.get_addr(family=socket.AF_INET)))
+        self._owners = {parse_address(each.get("IFA_LOCAL") or each.get("IFA_ADDRESS")): each["index"] for each in addresses}
         first_address: dict[int, Any] = {}
         for entry in addresses:
             first_address.setdefault(entry["index"], entry)

@@ -39,7 +39,7 @@ from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
-from serval_core.effects import OpenTransport
+from serval_core.effects import MovePath, OpenTransport
 from serval_core.errors import KernelRefused
 from serval_core.names import FlowID, parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
@@ -63,6 +63,7 @@ FLOW_NEIGHBOUR_KNOWN = 4
 
 CONFIGURATION = struct.Struct("!IIHxx4s4s4s")
 FLOW = struct.Struct("!III4s4s4s12s12s6s6s")
+FLOW_ADDRESSES = struct.Struct("!III4s")  # what a flow's entry begins with: local, peer, next hop, interface
 FLOW_FLAGS = slice(20, 24)
 FLOW_MACS = slice(48, 60)
 FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
@@ -128,6 +129,7 @@ class KernelDataPlane:
         # First in, first out: a program that still runs with an old entry must not write into a new flow's state.
         self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
+        self._peers_of_ours: set[int] = set()
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
@@ -334,8 +336,35 @@ class KernelDataPlane:
             tcp_repair.take_down(fd)
             raise
         self._slot_of[flow_id] = slot
+        if flow.peer_is_ours:
+            self._peers_of_ours.add(flow_id)
         self._received_from[fd] = parameters.receive_next
         return fd
+
+    def move(self, moved: MovePath) -> bool:
+        """From now on the flow's data takes another way; False when it has no entry, or there is no such way any more.
+
+        Nothing is lost or doubled by it: a packet is sent by the old entry or by the new one as a whole.
+        """
+        flow_id = moved.flow_id
+        value = self._flows.get(FLOW_KEY.pack(flow_id))
+        path = self.paths.path_to(moved.peer_address, moved.interface_index)
+        if value is None or path is None:
+            return False
+        entry = bytearray(value)
+        index = path.interface_index
+        FLOW_ADDRESSES.pack_into(
+            entry, 0, moved.local_address, moved.peer_address, path.next_hop, index.to_bytes(4, "little")
+        )
+        self.neighbours.release(flow_id)
+        macs = self._macs(self.neighbours.use(flow_id, (index, path.next_hop)), index)
+        flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~(FLOW_NEIGHBOUR_KNOWN | FLOW_COMPLETE_CHECKSUM)
+        if flow_id not in self._peers_of_ours or self._needs_checksum.get(index, True):
+            flags |= FLOW_COMPLETE_CHECKSUM
+        entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
+        entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
+        self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
+        return True
 
     def neighbours_changed(self) -> None:
         """Carry what the kernel reports of next hops into the flows that use them."""
@@ -363,6 +392,7 @@ class KernelDataPlane:
         self._flows.delete(FLOW_KEY.pack(flow_id))
         self.neighbours.release(flow_id)
         slot = self._slot_of.pop(flow_id, None)
+        self._peers_of_ours.discard(flow_id)
         if slot is not None:
             self._slots.append(slot)
         return counters

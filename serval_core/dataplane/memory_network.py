@@ -28,7 +28,9 @@ from serval_core.effects import (
     ExpectData,
     FlowEnded,
     ForgetExpected,
+    Happened,
     InjectSegment,
+    MovePath,
     OpenDatagrams,
     OpenTransport,
     ResetTransport,
@@ -115,6 +117,7 @@ class MemoryHost:
         self.refusals: list[DatagramRefused] = []
         self.flow_datagrams: dict[FlowID, list[bytes]] = {}
         self.closed_by_peer: list[FlowID] = []
+        self.happened: list[tuple[str, dict[str, object]]] = []
         self.on_open: Callable[[MemoryHost, ToyTransport], None] = lambda host, transport: None
 
     def packet_arrived(self, packet: bytes, broadcast: bool) -> None:
@@ -181,6 +184,12 @@ class MemoryHost:
                 assert flow_id not in {*self.transports, *self.ended}
                 self.expected.discard(flow_id)
                 self.transports[flow_id] = ToyTransport(effect, self._transmit_segment, self._clock)
+            case MovePath(flow_id, local_address, peer_address, interface_index):
+                assert flow_id in {*self.transports, *self.flow_datagrams}
+                if flow_id in self.transports:
+                    self.transports[flow_id].move(local_address, peer_address, interface_index)
+            case Happened(kind, fields):
+                self.happened.append((kind, fields))
             case InjectSegment(flow_id, segment, source, destination):
                 self.transports[flow_id].segment_received(segment, source, destination)
             case OpenDatagrams(flow_id):

@@ -7,6 +7,7 @@ and no window. It speaks real TCP segments, so a real peer could be put in its p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from errno import ETIMEDOUT
 
 from serval_core.effects import OpenTransport
@@ -66,6 +67,18 @@ class ToyTransport:
         if not self.end_of_stream:
             self.end_of_stream = True
             self.on_change(self)
+
+    def move(self, local_address: int, peer_address: int, interface_index: int) -> None:
+        """The flow is elsewhere. What is outstanding may have gone to nowhere, so it is repeated at once."""
+        self.opened = replace(
+            self.opened,
+            local_address=local_address,
+            peer_address=peer_address,
+            interface_index=interface_index,
+        )
+        if self._outstanding is not None:
+            self._tries = 0
+            self._send_outstanding()
 
     def handle_timeout(self) -> None:
         """Repeat what is outstanding if that is due."""

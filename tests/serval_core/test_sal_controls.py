@@ -11,7 +11,7 @@ from serval_core.effects import (
 )
 from serval_core.names import FlowID
 from serval_core.sal import SalSettings
-from serval_core.wire.sal import ACK, FIN, NACK, RSYN, SYN
+from serval_core.wire.sal import ACK, FIN, NACK, SYN
 from tests.serval_core.lone_host import (
     LoneHost,
     Peer,
@@ -51,15 +51,6 @@ def test_version_numbers_may_run_ahead_a_little() -> None:
     host.receive(peer.control(FIN, verno=peer.verno + 257))
     assert host.effects() == []
     assert host.dropped("version_gap") == 1
-
-
-@pytest.mark.parametrize("flags", [RSYN, RSYN | ACK, RSYN | FIN])
-def test_migration_is_counted_and_left_alone(flags: int) -> None:
-    host, peer, _ = connected_host()
-    host.receive(peer.control(flags))
-    assert host.effects() == []
-    assert host.dropped("migration_unsupported") == 1
-    assert host.states() == ["CONNECTED"]
 
 
 @pytest.mark.parametrize("flags", [0, NACK, SYN | FIN])
