@@ -73,13 +73,16 @@ class ActiveOpen:
             self._repeat_syn(flow, now)
 
     def unreachable(self, flow: Flow, address: int, why: str, now: float) -> None:
-        """The last SYN of a flow in REQUEST could not be brought to `address`: the next instance is asked."""
+        """A SYN of a flow in REQUEST could not be brought to `address`: the next instance is asked."""
         search = _search(flow)
-        if search.broadcast or all(way.destination != address for way in flow.ways):
-            return  # it went elsewhere meanwhile, or to others as well
+        if search.broadcast or not flow.ways or address in search.asked:
+            return  # it went to others as well, or the next one is already being asked
         flow.errno, flow.failure = EHOSTUNREACH, f"{format_address(address)} cannot be reached: {why}"
-        self._failover.unreachable(flow, search, address, now)
-        self._ask_next(flow, search, now)
+        if any(way.destination == address for way in flow.ways):
+            self._failover.unreachable(flow, search, address, now)
+            self._ask_next(flow, search, now)
+        else:
+            self._failed_behind_router(flow, search, address, now)
 
     def receive(
         self, flow: Flow, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
@@ -151,11 +154,11 @@ class ActiveOpen:
             self._failover.refused(flow, search, source, now)
         elif flow.ways:
             flow.errno, flow.failure = ECONNREFUSED, why
-            self._refused_through_router(flow, search, source, now)
+            self._failed_behind_router(flow, search, source, now)
 
-    def _refused_through_router(self, flow: Flow, search: Search, source: int, now: float) -> None:
-        """A service router chose an instance that does not have the service: it is asked again, since it may
-        choose another one. That it ran out of them shows when the same ones refuse again.
+    def _failed_behind_router(self, flow: Flow, search: Search, source: int, now: float) -> None:
+        """A service router chose an instance that does not have the service or cannot be reached: it is asked
+        again, since it may choose another one. That it ran out of them shows when the same ones fail again.
         """
         search.refusals += 1
         if source not in search.refusers and len(search.refusers) < _REFUSERS_LIMIT:

@@ -209,6 +209,23 @@ def test_an_instance_behind_a_router_that_refuses_makes_us_ask_the_router_again(
     assert down(host) == {}
 
 
+def test_an_icmp_error_about_an_instance_behind_a_router_makes_us_ask_the_router_again() -> None:
+    """The router leaves the IP source alone, so the error about the packet it passed on comes to us."""
+    host = LoneHost()
+    host.forward(ROUTER)
+    host.connect()
+    syn = host.only_packet()
+    passed_on = syn.packet[:16] + REMOTE.to_bytes(4, "big") + syn.packet[20:]
+    host.sal.send_failed(passed_on, EHOSTUNREACH, host.now)
+    again = host.only_packet()
+    assert again.destination == ROUTER
+    host.sal.send_failed(passed_on, EHOSTUNREACH, host.now)
+    assert host.packets() == []  # the same one again: not at once
+    assert down(host) == {}
+    answer(host, again, (LOCAL, ROUTER, THIRD), THIRD)
+    assert host.states() == ["CONNECTED"]
+
+
 def test_a_router_that_only_has_refusing_instances_is_asked_at_growing_intervals() -> None:
     host = LoneHost(SalSettings(connect_timeout_s=10.0))
     host.forward(ROUTER)
