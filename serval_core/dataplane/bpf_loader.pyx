@@ -1,13 +1,13 @@
 # cython: language_level=3
 """How do BPF programs get into the kernel? A thin wrapper of libbpf: load, attach to tc, read and write maps, ring buffer, test run.
 
-Recipe: `BpfObject(path, config)` loads and verifies everything; `attach_tc()` per interface and direction; `close()` gives up our
-references (what is attached stays attached until `detach_tc()`). Map keys and values are `bytes` of exactly the declared size.
+Recipe: `BpfObject(path, config)` loads and verifies everything; `link_tcx()` or `attach_tc()` per interface and direction; `close()`
+gives up our references (what is attached stays attached until the link is closed, or until `detach_tc()`). Map keys and values are `bytes` of exactly the declared size.
 Every failure raises `KernelRefused` with the kernel's own words from the verifier log in the hint.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EEXIST, ENOENT, errno
+from libc.errno cimport EEXIST, EINVAL, ENOENT, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
@@ -94,12 +94,20 @@ cdef extern from "bpf/bpf.h" nogil:
         uint32_t retval
         int repeat
         uint32_t duration
+    cdef enum bpf_attach_type:
+        pass
+    cdef struct bpf_link_create_opts:
+        pass
+    int bpf_link_create(int program_fd, int target_fd, bpf_attach_type attach_type, const bpf_link_create_opts *options)
     int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags)
     int bpf_map_lookup_elem(int fd, const void *key, void *value)
     int bpf_map_delete_elem(int fd, const void *key)
     int bpf_map_get_next_key(int fd, const void *key, void *next_key)
     int bpf_prog_test_run_opts(int fd, bpf_test_run_opts *options)
 
+# enum bpf_attach_type of Linux 6.6; older headers do not have them.
+DEF BPF_TCX_INGRESS = 46
+DEF BPF_TCX_EGRESS = 47
 DEF LOG_BYTES = 65536
 cdef char last_words[LOG_BYTES]
 cdef size_t last_words_length = 0
@@ -345,6 +353,21 @@ def attach_tc(int interface_index, bint egress, int program_fd, uint32_t priorit
         raise refused(f"attach to tc of interface {interface_index}", -error, "Needs CAP_NET_ADMIN and CONFIG_NET_CLS_BPF.")
     take_last_words()
     return created
+
+
+def link_tcx(int interface_index, bint egress, int program_fd) -> int | None:
+    """Have a tc program run on an interface behind those that run there already, before all filters of clsact.
+
+    Returns the fd of the link: closing it, or the end of the process, takes the program off. None if the kernel has no tcx
+    (before Linux 6.6).
+    """
+    cdef int where = BPF_TCX_EGRESS if egress else BPF_TCX_INGRESS
+    cdef int link = bpf_link_create(program_fd, interface_index, <bpf_attach_type>where, NULL)
+    if link >= 0:
+        return link
+    if errno == EINVAL:
+        return None
+    raise refused(f"attach to tcx of interface {interface_index}", errno, "Needs CAP_NET_ADMIN and CAP_BPF.")
 
 
 def detach_tc(int interface_index, bint egress, uint32_t priority, uint32_t handle) -> bool:

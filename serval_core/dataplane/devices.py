@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
-from pyroute2.netlink.exceptions import NetlinkError
-
-from serval_core.dataplane import bpf_loader
+from serval_core.dataplane.filters import Filters, Place
 from serval_core.dataplane.netlink import Netlink
 from serval_core.errors import KernelRefused
 from serval_core.names import format_address
@@ -38,10 +36,8 @@ ROUTE_METRICS = {
     "rtt": 8 * 333,  # in 1/8 ms; the timeout is three times this
 }
 FILTER_PRIORITY = 0x5341
-FILTER_HANDLE = 0x5341
 # Asked after serval_in, which takes the data of this host's flows.
 ROUTER_FILTER_PRIORITY = 0x5342
-ROUTER_FILTER_HANDLE = 0x5342
 NFT_TABLE = "serval"
 
 SEGMENTATION_OFF = dict.fromkeys(
@@ -75,8 +71,8 @@ class Devices:
         self._local_address = format_address(local_address)
         self._remote_network = format_address(remote_network) + "/16"
         self._gateway = format_address(remote_network + 1)
-        self._attached: dict[int, bool] = {}  # interface index -> did we create its clsact
-        self._routing: frozenset[int] = frozenset()
+        self._own_filters = Filters(netlink)
+        self._filters = Filters(netlink)  # on the interfaces of others
 
     def remove_leftovers(self) -> list[str]:
         """Remove what a crashed predecessor left; returns what was found, for the log."""
@@ -86,10 +82,10 @@ class Devices:
             if name in (ANCHOR, CHECKSUM):
                 found.append(name)
                 self._delete_link(name)
-            elif name not in OWN_DEVICES and self._remove_filters(index):
+            elif name not in OWN_DEVICES and self._filters.remove_left(
+                index, (FILTER_PRIORITY, ROUTER_FILTER_PRIORITY)
+            ):
                 found.append(f"filter on {name}")
-                if not self._has_filters(index):
-                    bpf_loader.remove_clsact(index)
         if self._remove_nft_table():
             found.append(f"nft table {NFT_TABLE}")
         return found
@@ -105,7 +101,7 @@ class Devices:
                 kind="veth",
                 address=mac,
                 mtu=ANCHOR_MTU,
-                peer={"ifname": peer, "address": peer_mac, "mtu": ANCHOR_MTU},
+                peer={"ifname": peer, "address": peer_mac, "mtu": ANCHOR_MTU, "txqlen": QUEUE_PACKETS},
             )
 
         netlink.run("create serval0", lambda ip: add_pair(ip, ANCHOR, ANCHOR_MAC, ANCHOR_OUTER, OUTER_MAC))
@@ -139,8 +135,8 @@ class Devices:
         netlink.set_features(ANCHOR_OUTER, SEGMENTATION_OFF | {"rx-gro": False})
         netlink.set_features(CHECKSUM, SEGMENTATION_OFF | {"tx-checksum-ip-generic": False})
         # GRO reads from a ring of 256 packets. With a queue before it a full ring makes packets wait (Linux 6.16) instead of
-        # being dropped.
-        netlink.run("add queue", lambda ip: ip.tc("add", "pfifo", indexes[ANCHOR_OUTER], limit=QUEUE_PACKETS))
+        # being dropped. This one takes no lock for a packet that need not wait; its limit is the device's queue length.
+        netlink.run("add queue", lambda ip: ip.tc("add", "pfifo_fast", indexes[ANCHOR_OUTER]))
         for index in indexes.values():
             netlink.run("set link up", partial(_set_up, index))
         anchor = indexes[ANCHOR]
@@ -167,67 +163,40 @@ class Devices:
         self._add_nft_table()
         return indexes
 
-    def attach(self, interface_index: int, program_fd: int) -> None:
-        """Put `serval_in` on the ingress of an interface; does nothing if it is there."""
-        if interface_index not in self._attached:
-            self._attached[interface_index] = bpf_loader.attach_tc(
-                interface_index, False, program_fd, FILTER_PRIORITY, FILTER_HANDLE
-            )
+    def attach_own(self, indexes: dict[str, int], out_fd: int, insert_fd: int) -> None:
+        """Put `serval_out` and `serval_insert` on our own devices; `indexes` is what `create` returned."""
+        self._own_filters.add(Place(indexes[ANCHOR], FILTER_PRIORITY, egress=True), out_fd)
+        for egress in (False, True):  # from sum0, from seg0
+            self._own_filters.add(Place(indexes[CHECKSUM_OUTER], FILTER_PRIORITY, egress), insert_fd)
 
-    def attached(self) -> frozenset[int]:
-        return frozenset(self._attached)
+    def attach(self, interface_indexes: Set[int], program_fd: int) -> None:
+        """Have `serval_in` on the ingress of exactly these interfaces."""
+        for index in self._filters.interfaces(FILTER_PRIORITY) - interface_indexes:
+            self._filters.remove(Place(index, ROUTER_FILTER_PRIORITY))
+            self._filters.remove(Place(index, FILTER_PRIORITY))
+        for index in interface_indexes:
+            self._filters.add(Place(index, FILTER_PRIORITY), program_fd)
 
     def attach_router(self, interface_indexes: Set[int], program_fd: int) -> None:
         """Have `serval_route` behind `serval_in` on exactly these interfaces, of those that have that."""
-        wanted = interface_indexes & self._attached.keys()
-        for index in self._routing - wanted:
-            bpf_loader.detach_tc(index, False, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
-        for index in wanted - self._routing:
-            bpf_loader.attach_tc(index, False, program_fd, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
-        self._routing = frozenset(wanted)
-
-    def detach(self, interface_index: int) -> None:
-        """Take our filters off again, and clsact with them if it was ours and nobody else uses it now."""
-        if interface_index in self._routing:
-            bpf_loader.detach_tc(interface_index, False, ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
-            self._routing -= {interface_index}
-        created_clsact = self._attached.pop(interface_index)
-        removed = bpf_loader.detach_tc(interface_index, False, FILTER_PRIORITY, FILTER_HANDLE)
-        if removed and created_clsact and not self._has_filters(interface_index):
-            bpf_loader.remove_clsact(interface_index)
+        wanted = interface_indexes & self._filters.interfaces(FILTER_PRIORITY)
+        for index in self._filters.interfaces(ROUTER_FILTER_PRIORITY) - wanted:
+            self._filters.remove(Place(index, ROUTER_FILTER_PRIORITY))
+        for index in wanted:
+            self._filters.add(Place(index, ROUTER_FILTER_PRIORITY), program_fd)
 
     def remove(self) -> None:
         """Remove everything. Safe to call when `create` failed half-way."""
-        for index in list(self._attached):
-            self.detach(index)
+        self._filters.close()
+        self._own_filters.close()
         for name in (ANCHOR, CHECKSUM):
             self._delete_link(name)
         self._remove_nft_table()
-
-    @staticmethod
-    def _remove_filters(index: int) -> bool:
-        ours = (FILTER_PRIORITY, FILTER_HANDLE), (ROUTER_FILTER_PRIORITY, ROUTER_FILTER_HANDLE)
-        removed = [bpf_loader.detach_tc(index, False, *which) for which in ours]
-        return any(removed)
 
     def _delete_link(self, name: str) -> None:
         with contextlib.suppress(OSError):  # not there: nothing to delete
             index = socket.if_nametoindex(name)
             self._netlink.run(f"delete {name}", lambda ip: ip.link("del", index=index))
-
-    def _has_filters(self, interface_index: int) -> bool:
-        ingress, egress = 0xFFFFFFF2, 0xFFFFFFF3
-
-        def count(ip: Any) -> int:
-            return sum(
-                len(list(ip.get_filters(index=interface_index, parent=parent)))
-                for parent in (ingress, egress)
-            )
-
-        try:
-            return self._netlink.run("list filters", count) > 0
-        except (KernelRefused, NetlinkError):
-            return False
 
     def _add_nft_table(self) -> None:
         """Our segments never show conntrack a SYN, so they bypass it. Without nft there is no such rule and none is needed

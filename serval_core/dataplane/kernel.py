@@ -21,13 +21,9 @@ from typing import NamedTuple
 from serval_core.dataplane import bpf_loader, tcp_repair
 from serval_core.dataplane.addresses import KernelPaths
 from serval_core.dataplane.devices import (
-    ANCHOR,
     ANCHOR_MAC,
     ANCHOR_OUTER,
     CHECKSUM,
-    CHECKSUM_OUTER,
-    FILTER_HANDLE,
-    FILTER_PRIORITY,
     OUTER_MAC,
     OWN_DEVICES,
     SEGMENTER,
@@ -198,11 +194,8 @@ class KernelDataPlane:
         self._states = self._object.map("flow_states")
         self._drops = self._object.per_cpu_map("drop_counters")
         self._events = self._object.ring_buffer("flow_events")
-        insert = self._object.program_fd("serval_insert")
-        out = self._object.program_fd("serval_out")
-        bpf_loader.attach_tc(indexes[ANCHOR], True, out, FILTER_PRIORITY, FILTER_HANDLE)
-        for egress in (False, True):  # from sum0, from seg0
-            bpf_loader.attach_tc(indexes[CHECKSUM_OUTER], egress, insert, FILTER_PRIORITY, FILTER_HANDLE)
+        programs = self._object.program_fd("serval_out"), self._object.program_fd("serval_insert")
+        self.devices.attach_own(indexes, *programs)
 
     def close(self) -> None:
         self.monitor.close()
@@ -219,12 +212,8 @@ class KernelDataPlane:
 
     def attach_interfaces(self) -> None:
         """Bring the filters in line with the interfaces that are up; called at start and when the kernel reports changes."""
-        program = self._object.program_fd("serval_in")
         wanted = {interface.index for interface in self.paths.interfaces()}
-        for index in self.devices.attached() - wanted:
-            self.devices.detach(index)
-        for index in wanted:
-            self.devices.attach(index, program)
+        self.devices.attach(wanted, self._object.program_fd("serval_in"))
         self._own_macs = {
             interface.index: interface.mac for interface in self.paths.interfaces() if len(interface.mac) == 6
         }

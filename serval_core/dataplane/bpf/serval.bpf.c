@@ -160,7 +160,7 @@ int serval_insert(struct __sk_buff *skb)
 	__builtin_memset(&neighbour, 0, sizeof(neighbour));
 	neighbour.nh_family = 2; /* AF_INET */
 	neighbour.ipv4_nh = flow->next_hop;
-	return bpf_redirect_neigh(mark & ~MARK_NEIGHBOUR_UNKNOWN, &neighbour, sizeof(neighbour), 0);
+	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
 /* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */
