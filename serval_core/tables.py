@@ -60,20 +60,27 @@ def any_table(rows: Sequence[Row]) -> Table:
 def flow_table(flows: Sequence[Row]) -> Table:
     """The flows of a stack; with what a translator or a native program has to do with them, where there is one."""
     table = new_table(
-        "flow", "state", "service", "Serval peer", "local end", ">bytes to / from service", ">round trip"
+        "flow", "state", "service", "Serval peer", "own address", "local end", ">bytes to / from service", ">round trip"
     )
     for flow in flows:
         round_trip_s = flow.get("round_trip_s")
         table.add_row(
             str(flow["flow_id"]),
-            escape(str(flow["state"])),
+            escape(_flow_state(flow)),
             escape(str(flow["service"])),
             str(flow["peer_address"]),
+            str(flow.get("local_address", "")),
             escape(_local_end(flow)),
             _flow_bytes(flow),
             f"{round_trip_s * 1000:.2f} ms" if round_trip_s else "",
         )
     return table
+
+
+def _flow_state(flow: Row) -> str:
+    """The connection's state, with that of a migration under way."""
+    migration = flow.get("migration", "INITIAL")
+    return str(flow["state"]) if migration == "INITIAL" else f"{flow['state']}, {migration}"
 
 
 def _local_end(flow: Row) -> str:
