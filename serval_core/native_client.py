@@ -261,11 +261,10 @@ class StackSocket(system.socket):
     def _next_reply(self) -> tuple[Reply, int]:
         """What the stack says next, with the descriptor that came along or -1. Raises the OSError that it reports."""
         try:
-            message, ancillary, _, _ = system.socket.recvmsg(
-                self, MESSAGE_LIMIT_BYTES, DESCRIPTOR_BYTES, system.MSG_CMSG_CLOEXEC
-            )
+            message, ancillary = self._receive()
         except ConnectionResetError:
-            message, ancillary = b"", []
+            # It closed before it had read everything; what it said before that is still there.
+            message, ancillary = self._receive()
         if not message:
             self._stack_is_gone()
         fd = _descriptor(ancillary)
@@ -276,6 +275,12 @@ class StackSocket(system.socket):
         if reply.errno:
             raise OSError(reply.errno, reply.error)
         return reply, fd
+
+    def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        message, ancillary, _, _ = system.socket.recvmsg(
+            self, MESSAGE_LIMIT_BYTES, DESCRIPTOR_BYTES, system.MSG_CMSG_CLOEXEC
+        )
+        return message, ancillary
 
     def _stack_is_gone(self) -> None:
         """Raise ENETDOWN. The descriptor leads nowhere from now on, or an event loop would find it readable for ever."""

@@ -51,7 +51,7 @@ PAUSE_S = 0.05
 EVENTS_PER_WAKE_UP = 64
 LISTEN_BACKLOG = 4096
 SO_PEERGROUPS = 59  # asm-generic/socket.h
-GROUPS_MAX = 65536
+GROUPS_MAX = 256  # what Python's getsockopt has room for
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE = select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR
 
@@ -241,6 +241,12 @@ class NativeService:
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OurMistake) as mistake:
             self.counters["malformed"] += 1
             self.answer(client, _refusal(errno.EINVAL, str(mistake)))
+        except Exception as error:
+            # A defect must neither leave the program waiting nor stay hidden.
+            self._loop.call_exception_handler(
+                {"message": "a native program's request failed", "exception": error}
+            )
+            self.answer(client, _refusal(errno.EIO, f"the stack failed at this, which is a defect of it: {error!r}"))
 
     def _request(self, client: Client, request: Request) -> None:
         if client.listener is not None or client.pending is not None:
@@ -430,6 +436,12 @@ def _bind() -> socket.socket:
 
 
 def _groups(connection: socket.socket, group: int) -> set[int]:
-    """All groups of the program at the other end."""
-    option = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * GROUPS_MAX)
+    """All groups of the program at the other end; of one that has too many, its primary group."""
+    try:
+        option = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * GROUPS_MAX)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        log.warning("a program has too many groups: only its primary one counts", group=group, limit=GROUPS_MAX)
+        return {group}
     return {group, *struct.unpack(f"={len(option) // 4}I", option)}

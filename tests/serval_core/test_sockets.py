@@ -91,18 +91,21 @@ def test_backlog_waits_until_the_program_accepts(hosts: NativeHosts) -> None:
     for client in clients:
         client.setblocking(False)
         assert client.connect_ex(SERVICE) == errno.EINPROGRESS
-    waiting = dict.fromkeys(clients)
-    received = []
-    while len(received) < len(clients):
-        readable, writable, _ = select.select([server], list(waiting), [], 10)
+    waiting, accepted = set(clients), []
+    while waiting or len(accepted) < len(clients):
+        readable, writable, _ = select.select([server], waiting, [], 10)
+        assert readable or writable
         for client in writable:
             assert client.getsockopt(system.SOL_SOCKET, system.SO_ERROR) == 0
             client.sendall(client.flow_id.to_bytes(4, "big"))
-            del waiting[client]
+            waiting.remove(client)
         if readable:
-            with server.accept()[0] as accepted:
-                accepted.settimeout(10)
-                received.append(accepted.recv(4))
+            accepted.append(server.accept()[0])
+    received = []
+    for connection in accepted:
+        with connection:
+            connection.settimeout(10)
+            received.append(connection.recv(4))
     assert sorted(received) == sorted(client.flow_id.to_bytes(4, "big") for client in clients)
 
 

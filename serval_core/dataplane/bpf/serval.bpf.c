@@ -123,7 +123,11 @@ int serval_out(struct __sk_buff *skb)
 	waiting->ethernet.h_proto = bpf_htons(ETH_P_IP);
 	waiting->sal = flow->header_out;
 	skb->mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
-	return bpf_redirect(needs_checksum ? virtual_network.checksum_ifindex : virtual_network.segmenter_ifindex, 0);
+
+	/* Both are loaded, or the compiler would choose between their addresses, which the verifier allows root only. */
+	__u32 finishing = virtual_network.checksum_ifindex, plain = virtual_network.segmenter_ifindex;
+	asm volatile("" : "+r"(finishing), "+r"(plain));
+	return bpf_redirect(needs_checksum ? finishing : plain, 0);
 }
 
 /*
@@ -316,6 +320,8 @@ int serval_look(struct __sk_buff *skb)
 	if (tcp) {
 		found->receive_next = tcp->rcv_nxt;
 		found->send_unacknowledged = tcp->snd_una;
+		found->timeouts = tcp->icsk_retransmits;
+		found->mss = tcp->mss_cache;
 	}
 	bpf_sk_release(socket);
 	return TC_ACT_OK;

@@ -19,6 +19,7 @@ from serval_core.dataplane.kernel import (
     FLOW_FLAGS,
     FLOW_NEIGHBOUR_KNOWN,
     FLOW_STATE,
+    LOOK_PACKET,
     MAX_FLOWS,
     NO_STATE,
     OBJECT_FILE,
@@ -321,3 +322,17 @@ def test_half_open_flows_find_room_when_every_slot_is_taken(programs: BpfObject)
         flows.update(key, entry)
     for key in keys:
         flows.delete(key)
+
+
+def test_outgoing_of_a_socket_that_is_not_the_flows(programs: BpfObject) -> None:
+    """Any program may connect a TCP socket of its own to a virtual tuple; nothing of it leaves."""
+    remote = VIRTUAL_REMOTE | OUR_FLOW >> 16
+    body = segment(VIRTUAL_LOCAL, remote, (VIRTUAL_PORT + 1, OUR_FLOW & 0xFFFF))
+    before = drops(programs)["out_not_a_flow"]
+    packet = ETHERNET + ipv4.emit(VIRTUAL_LOCAL, remote, 6, body)
+    assert programs.test_run("serval_out", packet)[0] == TC_SHOT
+    assert drops(programs)["out_not_a_flow"] == before + 1
+
+
+def test_look_at_a_socket_that_does_not_exist(programs: BpfObject) -> None:
+    assert programs.test_run("serval_look", LOOK_PACKET, UNKNOWN)[0] == TC_SHOT
