@@ -36,6 +36,9 @@ class Owner(Protocol):
     def connect_cancelled(self, pending: PendingConnect) -> None:
         """The application gave up waiting."""
 
+    def listener_refuses(self, listener: Listener, refusing: bool) -> None:
+        """The application wants no new flows for a while, or wants them again."""
+
     def listener_closed(self, listener: Listener) -> None:
         """The application accepts no more."""
 
@@ -141,6 +144,12 @@ class Listener:
         self.prefix = prefix
         self.on_accept = on_accept
         self.holds_backlog = False
+
+    def set_refusing(self, refusing: bool) -> None:
+        """Let no new flows begin, so that clients ask another instance, while those that have begun are still
+        accepted; or let them begin again. Meanwhile the service counts as not bound. Raises OurMistake.
+        """
+        self._owner.listener_refuses(self, refusing)
 
     def close(self) -> None:
         """Stop accepting; flows that were accepted live on."""

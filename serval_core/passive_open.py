@@ -29,12 +29,13 @@ from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, PROTOC
 class PassiveOpen:
     """Accepts connections for the listeners of this stack."""
 
-    __slots__ = ("_core", "_datagrams", "_listeners")
+    __slots__ = ("_core", "_datagrams", "_listeners", "_refusing")
 
     def __init__(self, core: Core, datagrams: ConnectedDatagrams) -> None:
         self._core = core
         self._datagrams = datagrams
         self._listeners: dict[int, Listener] = {}
+        self._refusing: dict[ServicePrefix, Listener] = {}
         core.register(
             {
                 Action.EXPECT_DATA: self._expect_data,
@@ -52,6 +53,8 @@ class PassiveOpen:
         """
         if backlog < 1:
             raise OurMistake(f"a backlog of {backlog} would refuse every connection: give at least 1")
+        if prefix in self._refusing:
+            raise OurMistake(f"{prefix} is being listened on already, by a listener that refuses flows just now")
         listener_id = self._core.new_listener_id()
         self._core.table.add(Rule.demux(prefix, listener_id))
         self._listeners[listener_id] = Listener(listener_id, prefix, backlog, protocol)
@@ -63,11 +66,27 @@ class PassiveOpen:
         if listener is None:
             raise OurMistake(f"there is no listener {listener_id}")
         self._core.table.remove_listener(listener_id)
+        self._refusing.pop(listener.prefix, None)
         for flow in list(self._core.flows.by_syn.values()):
             if flow.listener is listener and (flow.state is State.RESPOND or flow.waits_in_backlog):
                 flow.released = True
                 flow.errno = ECONNABORTED
                 self._core.step(flow, Event.ABORT, now)
+
+    def set_refusing(self, listener_id: int, refusing: bool) -> None:
+        """Begin no more flows, as if nothing listened, but tell clients of ours to ask another instance; or begin
+        flows again. Those that have begun go on. OurMistake if the listener is unknown, or if what stands in the
+        table meanwhile keeps it from coming back.
+        """
+        listener = self._listeners.get(listener_id)
+        if listener is None:
+            raise OurMistake(f"there is no listener {listener_id}")
+        if refusing and listener.prefix not in self._refusing:
+            self._core.table.remove_listener(listener_id)
+            self._refusing[listener.prefix] = listener
+        elif not refusing and listener.prefix in self._refusing:
+            self._core.table.add(Rule.demux(listener.prefix, listener_id))
+            del self._refusing[listener.prefix]
 
     def syn_received(
         self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
@@ -92,8 +111,10 @@ class PassiveOpen:
         target = core.table.resolve_local(sal.services[0], len(sal.transport))
         listener = None if target is None else self._listeners.get(target.listener_id)
         if listener is None:
-            self._refuse(ip, sal, interface_index, broadcast)
-            raise TheirMistake("no_listener")
+            refusing = any(prefix.covers(sal.services[0]) for prefix in self._refusing)
+            if refusing or core.settings.refuse_unknown_services:
+                self._refuse(ip, sal, interface_index, broadcast)
+            raise TheirMistake("listener_refuses" if refusing else "no_listener")
         if sal.protocol != listener.protocol:
             raise TheirMistake("wrong_protocol")
         if listener.waiting >= listener.backlog:
@@ -129,12 +150,13 @@ class PassiveOpen:
         core.step(flow, Event.SYN_RECEIVED, now)
 
     def _refuse(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
-        """Tell a client of ours that it had better ask another instance, if settings say so.
+        """Tell a client of ours that it had better ask another instance.
 
-        A prototype would give up where it might have found another instance by asking again.
+        A prototype would give up where it might have found another instance by asking again, and whoever
+        broadcasts has asked others already.
         """
         core = self._core
-        if broadcast or not core.settings.refuse_unknown_services:
+        if broadcast:
             return
         segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
         if segment.options.capabilities is not None:

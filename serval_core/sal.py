@@ -81,6 +81,18 @@ class ServiceAccessLayer:
         """Stop listening. Flows that were not taken are reset, taken ones live on. OurMistake if unknown."""
         self._passive_open.close_listener(listener_id, now)
 
+    def set_refusing(self, listener_id: int, refusing: bool) -> None:
+        """Begin no more flows for a listener, and tell clients of ours to ask another instance; or begin flows again.
+
+        Those that have begun go on. OurMistake if the listener is unknown, or cannot come back to the table.
+        """
+        self._passive_open.set_refusing(listener_id, refusing)
+
+    @property
+    def half_open(self) -> int:
+        """How many flows have begun and are not accepted yet."""
+        return self._core.flows.half_open
+
     def accepted_taken(self, flow_id: FlowID) -> None:
         """The application has taken an accepted flow: it leaves the backlog."""
         flow = self._core.flows.by_id.get(flow_id)

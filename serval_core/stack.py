@@ -367,6 +367,11 @@ class ServalStack:
             self._sal.cancel_connect(pending.flow_id, time.monotonic())
             self._run_effects()
 
+    def listener_refuses(self, listener: Listener, refusing: bool) -> None:
+        """Owner: begin no new flows on this prefix, or begin them again."""
+        if listener.listener_id in self._listeners:
+            self._sal.set_refusing(listener.listener_id, refusing)
+
     def listener_closed(self, listener: Listener) -> None:
         """Owner: accept no more on this prefix."""
         if self._listeners.pop(listener.listener_id, None) is not None:
