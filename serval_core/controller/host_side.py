@@ -53,7 +53,6 @@ class HostSide:
             registration.priority, registration.weight, plan.aggregates, self._offer, self._withdraw
         )
         self._control_services = frozenset({plan.router_id, plan.client_id, DISCOVERY_SERVICE})
-        self._refusing: set[ServicePrefix] = set()  # something listens, but lets no flow begin
         self._routed: set[int] = set()
         self._broadcasts_before = stack.broadcast_resolution
         self._endpoint: DatagramEndpoint | None = None
@@ -148,18 +147,8 @@ class HostSide:
         self._wake()
 
     def _table_changed(self, kind: str, rule: Rule) -> None:
-        if rule.type is not RuleType.DEMUX:
-            return
-        prefix = rule.prefix
-        if kind == "target_down":
-            self._refusing.add(prefix)
-            self.offers.withhold(prefix, withheld=True)
-            return
-        if kind != "target_up":
-            self._bound(prefix, bound=kind == "rule_added")
-        if prefix in self._refusing:
-            self._refusing.remove(prefix)
-            self.offers.withhold(prefix, withheld=False)
+        if rule.type is RuleType.DEMUX:
+            self._bound(rule.prefix, bound=kind == "rule_added")
 
     def _bound(self, prefix: ServicePrefix, *, bound: bool) -> None:
         if prefix.service_id in self._control_services:
