@@ -22,18 +22,17 @@ from serval_core.names import ServicePrefix
 
 OBJECT_FILE = FilePath(__file__).parent / "bpf" / "serval_router.bpf.o"
 PREFIXES_MAX = 65536
-COUNTERS_MAX = 65536
+TARGETS_MAX = 65536
 LINKS_MAX = 4096
 LEASE_S = 10.0
 
 SERVICE_KEY = struct.Struct("=I32s")
-TARGET = struct.Struct("=4sIIII")
+SERVICE = struct.Struct(f"=I{PLANNED_TARGETS_MAX}I{PLANNED_TARGETS_MAX}I")
+TARGET = struct.Struct("=4sII")
 LINK = struct.Struct("=4sII6s6s")
 HOST = struct.Struct("=Q64s")
 OWN_ADDRESSES_MAX = 16
-SERVICE_COUNT = struct.Struct("=I")
 COUNTER = struct.Struct("=QQ")
-NO_TARGET = bytes(TARGET.size)
 NO_LINK = 0, bytes(6), bytes(6)
 FIRST = bytes(4)
 
@@ -56,17 +55,18 @@ class RouterPrograms:
         self.program_fd = self._object.program_fd("serval_route")
         self._services = self._object.map("services")
         self._host = self._object.map("host")
+        self._targets = self._object.map("targets")
         self._link_map = self._object.map("links")
         self._links: dict[Key, int] = {}
         # The counters are read where they are: asking for each would cost a system call.
         self._memory = mmap.mmap(
             self._object.map("target_counters").fd,
-            COUNTERS_MAX * COUNTER.size,
+            TARGETS_MAX * COUNTER.size,
             mmap.MAP_SHARED,
             mmap.PROT_READ,
         )
-        self._free = deque(range(COUNTERS_MAX))
-        self._counters: dict[tuple[ServicePrefix, int], int] = {}
+        self._free = deque(range(TARGETS_MAX))
+        self._indexes: dict[tuple[ServicePrefix, int], int] = {}
         self._counted: dict[int, tuple[int, int]] = {}
         self._own_addresses = b""
 
@@ -107,24 +107,20 @@ class RouterPrograms:
 
         The next hops of the plan have been set.
         """
-        value = [SERVICE_COUNT.pack(len(plan))]
+        indexes = []
         for target in plan:
-            counter = self._counter(prefix, target.address)
+            index = self._index(prefix, target.address)
             link = self._links[target.interface_index, target.next_hop]
-            if counter is None or link >= LINKS_MAX:
-                value = [SERVICE_COUNT.pack(0)]
+            if index is None or link >= LINKS_MAX:
+                plan = ()
                 break
-            value.append(
-                TARGET.pack(
-                    target.address.to_bytes(4, "big"),
-                    min(target.share_end, WHOLE_SHARE - 1),
-                    target.mtu_bytes,
-                    link,
-                    counter,
-                )
-            )
-        value.append(NO_TARGET * (PLANNED_TARGETS_MAX + 1 - len(value)))
-        self._services.update(_key(prefix), b"".join(value))
+            value = TARGET.pack(target.address.to_bytes(4, "big"), target.mtu_bytes, link)
+            self._targets.update(index.to_bytes(4, "little"), value)
+            indexes.append(index)
+        shares = [min(target.share_end, WHOLE_SHARE - 1) for target in plan]
+        unused = [0] * (PLANNED_TARGETS_MAX - len(plan))
+        service = SERVICE.pack(len(plan), *shares, *unused, *indexes[: len(plan)], *unused)
+        self._services.update(_key(prefix), service)
 
     def delete(self, prefix: ServicePrefix) -> None:
         """Nothing is known of this prefix any more; shorter ones count again."""
@@ -132,17 +128,17 @@ class RouterPrograms:
 
     def forget_target(self, prefix: ServicePrefix, address: int) -> TargetCount | None:
         """The target is in no plan any more: its last count, if there is one."""
-        counter = self._counters.pop((prefix, address), None)
-        if counter is None:
+        index = self._indexes.pop((prefix, address), None)
+        if index is None:
             return None
-        count = self._count(prefix, address, counter)
-        self._free.append(counter)
+        count = self._count(prefix, address, index)
+        self._free.append(index)
         return count
 
     def take_counts(self) -> Iterator[TargetCount]:
         """What was forwarded since the last call."""
-        for (prefix, address), counter in self._counters.items():
-            count = self._count(prefix, address, counter)
+        for (prefix, address), index in self._indexes.items():
+            count = self._count(prefix, address, index)
             if count is not None:
                 yield count
 
@@ -150,21 +146,21 @@ class RouterPrograms:
         """Run the program on one Ethernet frame: its verdict, the frame and the mark afterwards."""
         return self._object.test_run("serval_route", frame)
 
-    def _counter(self, prefix: ServicePrefix, address: int) -> int | None:
-        """The counter of a target; None when all are in use."""
-        counter = self._counters.get((prefix, address))
-        if counter is None and self._free:
-            # The one that rested longest: a program that still runs with an old entry may count in it.
-            counter = self._counters[prefix, address] = self._free.popleft()
-            self._counted[counter] = COUNTER.unpack_from(self._memory, counter * COUNTER.size)
-        return counter
+    def _index(self, prefix: ServicePrefix, address: int) -> int | None:
+        """Where a target stands; None when all places are taken."""
+        index = self._indexes.get((prefix, address))
+        if index is None and self._free:
+            # The place that rested longest: a program that still runs with an old entry may count there.
+            index = self._indexes[prefix, address] = self._free.popleft()
+            self._counted[index] = COUNTER.unpack_from(self._memory, index * COUNTER.size)
+        return index
 
-    def _count(self, prefix: ServicePrefix, address: int, counter: int) -> TargetCount | None:
-        packets, packet_bytes = COUNTER.unpack_from(self._memory, counter * COUNTER.size)
-        packets_before, bytes_before = self._counted[counter]
+    def _count(self, prefix: ServicePrefix, address: int, index: int) -> TargetCount | None:
+        packets, packet_bytes = COUNTER.unpack_from(self._memory, index * COUNTER.size)
+        packets_before, bytes_before = self._counted[index]
         if packets == packets_before:
             return None
-        self._counted[counter] = packets, packet_bytes
+        self._counted[index] = packets, packet_bytes
         return TargetCount(prefix, address, packets - packets_before, packet_bytes - bytes_before)
 
 

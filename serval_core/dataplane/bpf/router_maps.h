@@ -8,7 +8,7 @@
 #define SERVICE_ID_BYTES 32
 #define TARGETS_MAX 16 /* of one prefix; more are left to user space */
 #define PREFIXES_MAX 65536
-#define COUNTERS_MAX 65536
+#define ALL_TARGETS_MAX 65536
 #define LINKS_MAX 4096
 #define OWN_ADDRESSES_MAX 16 /* packets to others of this host are left to user space */
 
@@ -17,18 +17,20 @@ struct service_key {
 	__u8 service[SERVICE_ID_BYTES];
 };
 
-struct router_target {
-	__be32 address;
-	__u32 share_end; /* chosen by random numbers below this and not below that of the target before */
-	__u32 mtu_bytes;
-	__u32 link;    /* index into links */
-	__u32 counter; /* index into target_counters */
-};
-
-/* All of a prefix's targets that compete; replaced as a whole. None: the packet is left to user space. */
+/*
+ * All of a prefix's targets that compete; replaced as a whole. None: the packet is left to user space. Targets stand in a map of
+ * their own because without CAP_PERFMON the verifier lets no pointer be chosen by a number.
+ */
 struct router_service {
 	__u32 targets;
-	struct router_target target[TARGETS_MAX];
+	__u32 share_end[TARGETS_MAX]; /* chosen by random numbers below this and not below that of the target before */
+	__u32 target[TARGETS_MAX];    /* index into targets and target_counters */
+};
+
+struct router_target {
+	__be32 address;
+	__u32 mtu_bytes;
+	__u32 link; /* index into links */
 };
 
 /* A next hop. */
@@ -55,6 +57,13 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, ALL_TARGETS_MAX);
+	__type(key, __u32);
+	__type(value, struct router_target);
+} targets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, LINKS_MAX);
 	__type(key, __u32);
 	__type(value, struct router_link);
@@ -62,7 +71,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, COUNTERS_MAX);
+	__uint(max_entries, ALL_TARGETS_MAX);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct target_counter);

@@ -50,6 +50,7 @@ struct source_extension {
 /* A packet on its way: what was read from it, and where it goes. */
 struct onward {
 	const struct router_target *target;
+	__u32 index; /* of the target */
 	__be32 source;
 	__be32 forwarder;  /* this host, as the packet named it */
 	__u32 ip_bytes;	   /* as it came */
@@ -114,22 +115,24 @@ static __always_inline int is_for_us(const struct iphdr *ip)
 	return to_us;
 }
 
-static __always_inline const struct router_target *choose(const struct router_service *service)
+/* The index of the target that gets the packet. */
+static __always_inline __u32 choose(const struct router_service *service)
 {
-	if (service->targets == 1)
-		return &service->target[0];
-	__u32 number = bpf_get_prandom_u32();
+	__u32 number = service->targets > 1 ? bpf_get_prandom_u32() : 0;
 
 #pragma clang loop unroll(full)
 	for (__u32 i = 0; i < TARGETS_MAX; i++) {
-		if (i < service->targets && (number < service->target[i].share_end || i + 1 == service->targets))
-			return &service->target[i];
+		/* Volatile: the compiler would choose a place first, and read there once. */
+		__u32 index = *(volatile const __u32 *)&service->target[i];
+
+		if (number < service->share_end[i] || i + 1 >= service->targets)
+			return index;
 	}
-	return 0;
+	return service->target[0];
 }
 
 /* Whom is a packet for `service` meant for? 0: user space has to say. */
-static __always_inline const struct router_target *find_target(const struct iphdr *ip, const __u8 *service_id)
+static __always_inline const struct router_target *find_target(const struct iphdr *ip, const __u8 *service_id, __u32 *index)
 {
 	struct service_key key = { .bits = 8 * SERVICE_ID_BYTES };
 
@@ -139,7 +142,8 @@ static __always_inline const struct router_target *find_target(const struct iphd
 	const struct router_service *service = bpf_map_lookup_elem(&services, &key);
 	if (!service || !service->targets)
 		return 0;
-	const struct router_target *target = choose(service);
+	*index = choose(service);
+	const struct router_target *target = bpf_map_lookup_elem(&targets, index);
 	if (!target || target->address == ip->saddr)
 		return 0;
 	return target;
@@ -171,7 +175,7 @@ static __always_inline void rewrite_ip(struct iphdr *ip, __be32 destination, __u
 static __always_inline int send(struct __sk_buff *skb, const struct onward *onward)
 {
 	const struct router_target *target = onward->target;
-	struct target_counter *counter = bpf_map_lookup_elem(&target_counters, &target->counter);
+	struct target_counter *counter = bpf_map_lookup_elem(&target_counters, &onward->index);
 
 	if (counter) {
 		__sync_fetch_and_add(&counter->packets, 1);
@@ -211,8 +215,9 @@ static __always_inline int route_first(struct __sk_buff *skb, const __u32 header
 	if (fold_long(sum_of_words((void *)ip, IPV4_BYTES / 4)) != 0xffff ||
 	    fold_long(sum_of_words((void *)sal, header_bytes / 4)) != 0xffff)
 		return TC_ACT_UNSPEC;
+	__u32 index;
 	struct onward onward = {
-		.target = find_target(ip, (__u8 *)sal + service_at),
+		.target = find_target(ip, (__u8 *)sal + service_at, &index),
 		.source = ip->saddr,
 		.forwarder = ip->daddr,
 		.ip_bytes = bpf_ntohs(ip->tot_len),
@@ -221,14 +226,25 @@ static __always_inline int route_first(struct __sk_buff *skb, const __u32 header
 	const __u32 growth = sizeof(struct source_extension);
 	if (!onward.target || onward.ip_bytes + growth > onward.target->mtu_bytes)
 		return TC_ACT_UNSPEC;
+	onward.index = index;
 
-	const __u32 check_at = check_in_transport(sal->protocol);
-	if (onward.ip_bytes >= IPV4_BYTES + header_bytes + check_at + 2) {
-		__u16 *check = (void *)transport + check_at;
+	/* By branches, since without CAP_PERFMON the verifier refuses to let a pointer be chosen by a number. */
+	const __u32 transport_bytes = onward.ip_bytes - IPV4_BYTES - header_bytes;
+	__u8 protocol = sal->protocol;
+	if (protocol == IPPROTO_TCP && transport_bytes >= TCP_CHECK_IN_HEADER + 2) {
+		__u16 *check = (void *)transport + TCP_CHECK_IN_HEADER;
 
 		if ((void *)(check + 1) > end)
 			return TC_ACT_UNSPEC;
-		*check = transport_check(*check, sal->protocol, onward.forwarder, onward.target->address);
+		*check = transport_check(*check, IPPROTO_TCP, onward.forwarder, onward.target->address);
+		asm volatile("" ::: "memory");
+	} else if (protocol == IPPROTO_UDP && transport_bytes >= UDP_CHECK_IN_HEADER + 2) {
+		__u16 *check = (void *)transport + UDP_CHECK_IN_HEADER;
+
+		if ((void *)(check + 1) > end)
+			return TC_ACT_UNSPEC;
+		*check = transport_check(*check, IPPROTO_UDP, onward.forwarder, onward.target->address);
+		asm volatile("" ::: "memory");
 	}
 	rewrite_ip(ip, onward.target->address, onward.ip_bytes + growth);
 
@@ -295,8 +311,9 @@ static __always_inline int route_again(struct __sk_buff *skb, const __u32 source
 	struct iphdr new_ip = *ip;
 	__u16 old_check = sal->checksum;
 	__u8 protocol = sal->protocol, words = sal->length_words;
+	__u32 index;
 	struct onward onward = {
-		.target = find_target(ip, (__u8 *)sal + service_at),
+		.target = find_target(ip, (__u8 *)sal + service_at, &index),
 		.source = ip->saddr,
 		.forwarder = ip->daddr,
 		.ip_bytes = bpf_ntohs(ip->tot_len),
@@ -305,6 +322,7 @@ static __always_inline int route_again(struct __sk_buff *skb, const __u32 source
 	const __u32 growth = sizeof(onward.forwarder);
 	if (!onward.target || onward.ip_bytes + growth > onward.target->mtu_bytes)
 		return TC_ACT_UNSPEC;
+	onward.index = index;
 	if (is_listed(skb, SAL_AT + source_at + SOURCE_BASE_BYTES, source_bytes - SOURCE_BASE_BYTES, onward.forwarder,
 		      onward.target->address))
 		return TC_ACT_UNSPEC;
@@ -315,7 +333,7 @@ static __always_inline int route_again(struct __sk_buff *skb, const __u32 source
 		return TC_ACT_UNSPEC;
 
 	const __u32 check_at = SAL_AT + header_bytes + check_in_transport(protocol);
-	__u16 check;
+	__u16 check = 0;
 	int has_check = onward.ip_bytes + ETHERNET_BYTES >= check_at + sizeof(check);
 	if (has_check && bpf_skb_load_bytes(skb, check_at, &check, sizeof(check)))
 		return TC_ACT_UNSPEC;
@@ -362,7 +380,7 @@ int serval_route(struct __sk_buff *skb)
 	if (data + wanted > end) {
 		if (data + SAL_AT > end || ((struct iphdr *)(data + ETHERNET_BYTES))->protocol != IPPROTO_SAL)
 			return TC_ACT_UNSPEC;
-		if (end - data < skb->len && bpf_skb_pull_data(skb, skb->len < wanted ? skb->len : wanted))
+		if (bpf_skb_pull_data(skb, skb->len < wanted ? skb->len : wanted))
 			return TC_ACT_UNSPEC;
 		data = (void *)(long)skb->data;
 		end = (void *)(long)skb->data_end;
@@ -372,7 +390,7 @@ int serval_route(struct __sk_buff *skb)
 	__u8 *first = (void *)(sal + 1);
 	if (first + CONTROL_BYTES + SERVICE_BYTES > (__u8 *)end)
 		return TC_ACT_UNSPEC;
-	if (ip->protocol != IPPROTO_SAL || ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)) || ip->ttl <= 1)
+	if (ip->protocol != IPPROTO_SAL || ip->version != 4 || ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)) || ip->ttl <= 1)
 		return TC_ACT_UNSPEC;
 	__u32 header_bytes = sal->length_words * 4;
 	__u32 ip_bytes = bpf_ntohs(ip->tot_len);

@@ -51,9 +51,13 @@ def planned(host: LoneHost) -> Plan:
 def programs() -> Iterator[RouterPrograms]:
     loaded = RouterPrograms()
     loaded.set_own_addresses(frozenset({LOCAL, parse_address("127.0.0.1")}))
-    loaded.extend_lease()
     yield loaded
     loaded.close()
+
+
+@pytest.fixture(autouse=True)
+def lease(programs: RouterPrograms) -> None:
+    programs.extend_lease()
 
 
 def put(programs: RouterPrograms, prefix: ServicePrefix, plans: Plan, link: Link | None = None) -> None:
@@ -77,16 +81,16 @@ def forwards(request: pytest.FixtureRequest, programs: RouterPrograms) -> Forwar
             return result[0]
 
         return in_buffer
-    programs.extend_lease()
     put(programs, SERVICE, plans)
 
     def in_kernel(packet: bytes) -> bytes | None:
+        programs.extend_lease()
         verdict, result, _ = programs.test_run(ETHERNET + packet)
         if verdict == TC_UNSPEC:
             assert result == ETHERNET + packet
             return None
         assert verdict == TC_REDIRECT
-        return result[14:]
+        return result[14 : 14 + int.from_bytes(result[16:18], "big")]  # what follows pads the frame
 
     return in_kernel
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from asyncio import TimerHandle
 from collections.abc import Callable, Iterator, Set
 from typing import cast
@@ -204,3 +206,12 @@ def test_own_addresses_are_never_targets(host: Host) -> None:
     assert host.target() is None
     host.table.modify(SERVICE, LOCAL, Rule.forward(SERVICE, parse_address("10.0.0.255")))
     assert host.target() is None
+
+
+def test_program_loads_with_the_capabilities_of_the_service(root: None) -> None:
+    """Without CAP_PERFMON the verifier is stricter; the unit of servald does not give it."""
+    few = "-all,+net_admin,+net_raw,+bpf"
+    load = "from serval_core.dataplane.router_programs import RouterPrograms; RouterPrograms().close()"
+    command = ["setpriv", "--bounding-set", few, "--inh-caps", few, sys.executable, "-c", load]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
