@@ -31,6 +31,7 @@ class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
     virtual_network: VirtualNetwork = "100.126.0.0"  # a /16 that is used nowhere else
     virtual_address: VirtualAddress = "100.127.255.1"  # outside it
     peer_timeout_s: Annotated[int, Meta(ge=0, le=86_400)] = 120  # a silent host; 0: never
+    forward_in_kernel: bool = True  # a service router's fast path; false: every packet passes the firewall's input
     broadcast_resolution: bool = True
     syn_initial_timeout_s: Seconds = 0.2
     syn_timeout_max_s: Seconds = 3.0

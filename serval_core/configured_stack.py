@@ -36,6 +36,7 @@ def stack_settings(stack: StackSection, connect_timeout_s: float, access: tuple[
             virtual_network=stack.virtual_network,
             virtual_address=stack.virtual_address,
             peer_timeout_s=stack.peer_timeout_s,
+            forward_in_kernel=stack.forward_in_kernel,
         ),
         broadcast_resolution=stack.broadcast_resolution,
         access=AccessPolicy(access),
