@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import rich_click as click
+from click.exceptions import Exit
 
+from serval_core.command_line import NOT_POSSIBLE
 from serval_core.commands.options import json_option, prefix_argument
 from serval_core.config_file import Misconfigured
 from serval_core.errors import OurMistake
@@ -107,4 +109,4 @@ def _migrate(request: str, as_json: bool, **arguments: object) -> None:
     else:
         console.print("no flows to migrate")
     if any(each["outcome"] != "migrated" for each in outcomes):
-        click.get_current_context().exit(1)
+        raise Exit(NOT_POSSIBLE)

@@ -18,7 +18,7 @@ from enum import IntEnum
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
-from serval_core.dataplane import bpf_loader, tcp_repair
+from serval_core.dataplane import after_move, bpf_loader, tcp_repair
 from serval_core.dataplane.addresses import KernelPaths
 from serval_core.dataplane.devices import (
     ANCHOR_MAC,
@@ -37,6 +37,7 @@ from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
 from serval_core.effects import MovePath, OpenTransport
 from serval_core.errors import KernelRefused
+from serval_core.handshake import mss_for_path
 from serval_core.names import FlowID, parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
 
@@ -65,9 +66,11 @@ FLOW_MACS = slice(48, 60)
 FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
 EVENT = struct.Struct("!I4s")
 FLOW_KEY = struct.Struct("!I")
-SOCKET_STATE = struct.Struct("=III")
+SOCKET_STATE = struct.Struct("=IIIII")
 LOOK_PACKET = bytes(64)  # serval_look answers in it
 LOOK_FOUND = 0  # TC_ACT_OK
+TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
+OLD_SEQUENCE_BYTES = 1 << 30  # before any window that a socket can have: such a segment is answered by an ACK
 UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_STATE = bytes(FLOW_STATE.size)
@@ -90,12 +93,21 @@ class FlowCounters(NamedTuple):
     bytes_in: int
 
 
+class FlowFeatures(NamedTuple):
+    """What a move has to know of a flow's handshake."""
+
+    peer_is_ours: bool
+    timestamps: bool
+
+
 class SocketState(NamedTuple):
     """What has become of a flow's kernel socket. `state` as in linux/tcp_states.h; in TIME_WAIT the numbers are zero."""
 
     state: int
     receive_next: int
     send_unacknowledged: int
+    timeouts: int  # of the first unacknowledged segment
+    mss_bytes: int  # of what it sends, TCP options not counted
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class KernelDataPlane:
         # First in, first out: a program that still runs with an old entry must not write into a new flow's state.
         self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
-        self._peers_of_ours: set[int] = set()
+        self._features_of: dict[int, FlowFeatures] = {}
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
@@ -325,8 +337,7 @@ class KernelDataPlane:
             tcp_repair.take_down(fd)
             raise
         self._slot_of[flow_id] = slot
-        if flow.peer_is_ours:
-            self._peers_of_ours.add(flow_id)
+        self._features_of[flow_id] = FlowFeatures(flow.peer_is_ours, parameters.timestamp is not None)
         self._received_from[fd] = parameters.receive_next
         return fd
 
@@ -345,15 +356,44 @@ class KernelDataPlane:
         FLOW_ADDRESSES.pack_into(
             entry, 0, moved.local_address, moved.peer_address, path.next_hop, index.to_bytes(4, "little")
         )
-        self.neighbours.release(flow_id)
+        old_path = self.neighbours.release(flow_id)
         macs = self._macs(self.neighbours.use(flow_id, (index, path.next_hop)), index)
         flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~(FLOW_NEIGHBOUR_KNOWN | FLOW_COMPLETE_CHECKSUM)
-        if flow_id not in self._peers_of_ours or self._needs_checksum.get(index, True):
+        features = self._features_of.get(flow_id)
+        if features is None or not features.peer_is_ours or self._needs_checksum.get(index, True):
             flags |= FLOW_COMPLETE_CHECKSUM
         entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
         entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
         self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
+        seen = self.look(flow_id)
+        if seen is not None and seen.receive_next:
+            if seen.timeouts and old_path is not None:
+                self.neighbours.give_up(old_path)
+            self._resume(flow_id, seen, moved.mtu_bytes)
         return True
+
+    def _resume(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
+        """Tell the kernel socket of a flow what the new path means for it."""
+        self._limit_segments(flow_id, seen, mtu_bytes)
+        for _ in range(min(seen.timeouts, after_move.DOUBLINGS_MAX)):
+            self._hand_packet(after_move.unreachable(self._ends(flow_id), seen.send_unacknowledged))
+        old_sequence = seen.receive_next - OLD_SEQUENCE_BYTES & 0xFFFFFFFF
+        self._hand(flow_id, tcp_segment.ACK, old_sequence, seen.send_unacknowledged)
+
+    def limit_segments(self, flow_id: FlowID, mtu_bytes: int) -> None:
+        """The path of a flow carries IP packets of `mtu_bytes`: the kernel socket is to send none that are larger."""
+        seen = self.look(flow_id)
+        if seen is not None and seen.mss_bytes:
+            self._limit_segments(flow_id, seen, mtu_bytes)
+
+    def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
+        features = self._features_of.get(flow_id)
+        options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
+        if seen.mss_bytes + options_bytes > mss_for_path(mtu_bytes):
+            self._hand_packet(after_move.too_big(self._ends(flow_id), seen.send_unacknowledged, mtu_bytes))
+
+    def _ends(self, flow_id: FlowID) -> after_move.VirtualTuple:
+        return after_move.VirtualTuple(self._address, self._port, self._network | flow_id >> 16, flow_id & 0xFFFF)
 
     def neighbours_changed(self) -> None:
         """Carry what the kernel reports of next hops into the flows that use them."""
@@ -381,7 +421,7 @@ class KernelDataPlane:
         self._flows.delete(FLOW_KEY.pack(flow_id))
         self.neighbours.release(flow_id)
         slot = self._slot_of.pop(flow_id, None)
-        self._peers_of_ours.discard(flow_id)
+        self._features_of.pop(flow_id, None)
         if slot is not None:
             self._slots.append(slot)
         return counters
@@ -444,7 +484,10 @@ class KernelDataPlane:
         return True
 
     def _deliver(self, segment: bytes, remote: int) -> None:
-        packet = ipv4.emit(remote, self._address, sal.PROTOCOL_TCP, segment)
+        self._hand_packet(ipv4.emit(remote, self._address, sal.PROTOCOL_TCP, segment))
+
+    def _hand_packet(self, packet: bytes) -> None:
+        """Deliver an IPv4 packet to the virtual address, as if it had come from a network."""
         self._inject.send(ETHERNET_IPV4 + packet)
 
     # -- what the programs noticed ------------------------------------------------------------------------------------

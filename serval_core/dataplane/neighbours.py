@@ -7,6 +7,7 @@ makes the entry REACHABLE again. So ARP, failover of a gateway and stale entries
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 
@@ -54,14 +55,28 @@ class Neighbours:
             self._known[key] = self._ask(key)
         return self._known[key]
 
-    def release(self, flow_id: int) -> None:
-        """The flow is gone."""
+    def release(self, flow_id: int) -> Key | None:
+        """The flow sends to its next hop no more. Which one that was; None if it had none."""
         key = self._key_of.pop(flow_id, None)
         if key is not None:
             users = self._users[key]
             users.discard(flow_id)
             if not users:
                 del self._users[key], self._known[key]
+        return key
+
+    def give_up(self, key: Key) -> None:
+        """Drop the packets that wait for this next hop's address.
+
+        They count as being under way, and TCP does not repeat what is: not even on a path that works.
+        """
+        if self._ask(key) is not None:
+            return  # it answers, so nothing waits
+        interface_index, address = key
+        body = NEIGHBOUR_HEADER.pack(socket.AF_INET, interface_index, 0, 0, 0)
+        body += attribute(NDA_DST, address.to_bytes(4, "big"))
+        with contextlib.suppress(KernelRefused):  # there is no such entry, or not even the interface
+            self._queries.order("RTM_DELNEIGH", RTM_DELNEIGH, body)
 
     def changes(self) -> list[tuple[int, bytes | None]]:
         """(flow, MAC address or None) of every flow whose next hop has changed since the last call."""

@@ -22,7 +22,7 @@ from serval_core.errors import KernelRefused
 
 T = TypeVar("T")
 
-NLM_F_REQUEST = 1
+NLM_F_REQUEST, NLM_F_ACK = 1, 4
 NLMSG_ERROR = 2
 RTMGRP_LINK = 0x1
 RTMGRP_NEIGH = 0x4
@@ -110,15 +110,22 @@ class RouteQueries:
 
     def ask(self, what: str, kind: int, body: bytes) -> Message:
         """The answer to a request of type `kind`. KernelRefused, naming `what`, if the answer is an error."""
+        return self._exchange(what, kind, NLM_F_REQUEST, body)
+
+    def order(self, what: str, kind: int, body: bytes) -> None:
+        """Have something done. KernelRefused, naming `what`, if it is not."""
+        self._exchange(what, kind, NLM_F_REQUEST | NLM_F_ACK, body)
+
+    def _exchange(self, what: str, kind: int, flags: int, body: bytes) -> Message:
         self._sequence += 1
-        header = MESSAGE_HEADER.pack(MESSAGE_HEADER.size + len(body), kind, NLM_F_REQUEST, self._sequence, 0)
+        header = MESSAGE_HEADER.pack(MESSAGE_HEADER.size + len(body), kind, flags, self._sequence, 0)
         self._socket.send(header + body)
         while True:
             for answer in messages(self._socket.recv(DATAGRAM_LIMIT_BYTES)):
                 if answer.sequence != self._sequence:
                     continue  # an answer that came after its question had timed out
-                if answer.kind == NLMSG_ERROR:
-                    raise KernelRefused(what, -struct.unpack_from("=i", answer.body)[0], "")
+                if answer.kind == NLMSG_ERROR and (code := -struct.unpack_from("=i", answer.body)[0]):
+                    raise KernelRefused(what, code, "")
                 return answer
 
 

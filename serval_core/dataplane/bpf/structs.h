@@ -63,6 +63,8 @@ struct socket_state {
 	__u32 state; /* linux/tcp_states.h */
 	__u32 receive_next;
 	__u32 send_unacknowledged;
+	__u32 timeouts; /* how often the first unacknowledged segment was repeated because its time had run out */
+	__u32 mss; /* of the segments that the socket sends, less its TCP options */
 };
 
 struct flow_event {
