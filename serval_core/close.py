@@ -130,7 +130,7 @@ class Close:
             return
         flags = control.flags
         if flags & RST:
-            self._reset_received(flow, control, now)
+            self._reset_received(flow, ip.source, control, now)
             return
         if control.nonce != flow.peer_nonce:
             raise TheirMistake("wrong_nonce")
@@ -172,7 +172,7 @@ class Close:
         if flow.flow_id not in self._core.flows.by_id:
             return  # that was the end of it
         if flags & ACK:
-            self._migration.rsyn_ack_received(flow, control, now)
+            self._migration.rsyn_ack_received(flow, ip.source, control, now)
         else:
             self._migration.rsyn_received(flow, ip, control, interface_index, now)
         if fin_is_new:
@@ -219,7 +219,14 @@ class Close:
             self._core.step(flow, Event.FIN_ACKNOWLEDGED, now)
         return True
 
-    def _reset_received(self, flow: Flow, control: Control, now: float) -> None:
+    def _reset_received(self, flow: Flow, source: int, control: Control, now: float) -> None:
+        if (
+            flow.moves is not None
+            and flow.moves.seeking
+            and control.nonce != flow.peer_nonce
+            and source != flow.peer_address
+        ):
+            raise TheirMistake("reset_by_other_instance")  # it was asked whether it has the flow, and has not
         if not resets_flow(flow, control, self._core.settings.version_gap_limit):
             raise TheirMistake("spoofed_reset")
         if flow.state not in (State.TIMEWAIT, State.CLOSED):

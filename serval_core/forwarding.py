@@ -6,7 +6,8 @@ one hop less to live, and this host's address appended to the SOURCE extension. 
 straight to the client, and everything after it too, so a router keeps no state of flows.
 
 Of the table's targets those are never chosen that cannot be meant: this host, whoever has had the packet
-before, and broadcast addresses. What nobody is left for stays here, as if forwarding were off. What a DELAY
+before, and broadcast addresses. An RSYN goes to several targets, since only one of them has the flow that it names
+(`rendezvous`). What nobody is left for stays here, as if forwarding were off. What a DELAY
 rule holds is dispatched anew when somebody has said where the service is.
 
 `dataplane.router` does the same faster for what is common. This file is what it is compared with.
@@ -14,7 +15,7 @@ rule holds is dispatched anew when somebody has said where the service is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 from serval_core.addresses import is_unicast
@@ -22,15 +23,18 @@ from serval_core.core import Core
 from serval_core.effects import SendPacket
 from serval_core.errors import TheirMistake
 from serval_core.paths import Interface, Path
+from serval_core.rendezvous import COPIES_LIMIT
 from serval_core.rules import RuleType
 from serval_core.wire import ipv4
 from serval_core.wire.checksum import update_checksum
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import (
+    ACK,
     MAX_SOURCE_ADDRESSES,
     PROTOCOL_SAL,
     PROTOCOL_TCP,
     PROTOCOL_UDP,
+    RSYN,
     SalPacket,
     append_source,
 )
@@ -79,6 +83,8 @@ class Forwarding:
             return False
         core = self._core
         exclude = self._broadcast | own | {ip.source, *sal.source_addresses}
+        if sal.control is not None and sal.control.flags & (RSYN | ACK) == RSYN:
+            return self._spread(ip, sal, exclude)
         while True:
             rule_type, targets = core.table.resolve(
                 sal.services[0], core.random.random, exclude, len(sal.transport)
@@ -100,6 +106,24 @@ class Forwarding:
                 return True
             core.counters["forwarding_unreachable_targets"] += 1
             exclude |= {target.address}
+
+    def _spread(self, ip: IPv4Packet, sal: SalPacket, exclude: Set[int]) -> bool:
+        """Send an RSYN to every instance that may have its flow; whether there is one."""
+        core = self._core
+        found = 0
+        for _ in range(COPIES_LIMIT):
+            rule_type, targets = core.table.resolve(
+                sal.services[0], core.random.random, exclude, len(sal.transport)
+            )
+            if rule_type is not RuleType.FORWARD or not targets or targets[0].broadcast:
+                break
+            target = targets[0]
+            path = core.paths.path_to(target.address, target.interface_index)
+            if path is not None:
+                self._forward(ip, sal, target.address, path)
+                found += 1
+            exclude |= {target.address}
+        return found > 0
 
     def _forward(self, ip: IPv4Packet, sal: SalPacket, address: int, path: Path) -> None:
         if ip.destination in sal.source_addresses:

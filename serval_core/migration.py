@@ -40,6 +40,7 @@ from serval_core.migration_states import (
 from serval_core.moves import Moves
 from serval_core.names import after, format_address
 from serval_core.paths import Path
+from serval_core.rendezvous import seek
 from serval_core.retransmission import backed_off_s
 from serval_core.states import Event, State
 from serval_core.timers import NO_TIMER
@@ -166,13 +167,14 @@ class Migration:
                 moves.answers = 0
                 moves.answers_since = now
         moves.candidate_address = ip.source
-        moves.candidate_local = ip.destination
+        broadcasts = (each.broadcast_address for each in paths.interfaces())
+        moves.candidate_local = path.source_address if ip.destination in broadcasts else ip.destination
         moves.candidate_path = path
         done = repeated and moves.peer_confirmed
         self._peer_step(flow, PeerEvent.RSYN_REPEATED if done else PeerEvent.RSYN_RECEIVED, now)
 
-    def rsyn_ack_received(self, flow: Flow, control: Control, now: float) -> None:
-        """The peer answers an RSYN of ours, or seems to. Raises TheirMistake."""
+    def rsyn_ack_received(self, flow: Flow, source: int, control: Control, now: float) -> None:
+        """The peer answers an RSYN of ours from address `source`, or seems to. Raises TheirMistake."""
         limit = self._core.settings.version_gap_limit
         if control.verno - flow.receive_next + limit & _SERIAL_MASK > 2 * limit:
             raise TheirMistake("version_gap")
@@ -187,6 +189,9 @@ class Migration:
         elif after(control.ackno, moves.first_verno):
             if moves.repeats == 0:
                 self._core.round_trips.sample(flow.peer_address, now - moves.sent_at)
+            if moves.seeking and source != flow.peer_address and is_unicast(source):
+                moves.destination = source
+                self._core.counters["peers_found_again"] += 1
             self._own_step(flow, OwnEvent.ANSWERED, now)
         else:
             raise TheirMistake("old_migration")
@@ -265,6 +270,7 @@ class Migration:
         moves.first_verno = flow.send_next
         flow.send_next = flow.send_next + 1 & _SERIAL_MASK
         moves.repeats = 0
+        moves.seeking = False
         moves.sent_at = now
         moves.timeout_s = core.round_trips.timeout_s(
             moves.destination or flow.peer_address, core.settings.migration_initial_timeout_s
@@ -294,6 +300,8 @@ class Migration:
             flags = RSYN if flow.fin_verno is None else RSYN | FIN
             destination = moves.destination or flow.peer_address
             core.send_control_on(flow, flags, flow.send_next - 1 & _SERIAL_MASK, moves.path, destination)
+            if moves.repeats >= core.settings.rendezvous_after and seek(core, flow, flags, moves.path):
+                moves.seeking = True
         if moves.own is OwnMove.STRANDED:
             deadline = min(now + longest_s, moves.stranded_until)
         else:

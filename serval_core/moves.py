@@ -31,6 +31,7 @@ class Moves:
         "peer_confirmed",
         "peer_verno",
         "repeats",
+        "seeking",
         "sent_at",
         "started_at",
         "stranded_until",
@@ -53,6 +54,7 @@ class Moves:
         self.started_at = 0.0
         self.sent_at = 0.0
         self.repeats = 0
+        self.seeking = False  # the RSYN has also gone to where else the peer may be (`rendezvous`)
         self.timeout_s = 0.0
         self.stranded_until = 0.0
         self.timer = NO_TIMER

@@ -36,7 +36,7 @@ from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.undeliverable import error_name, undelivered
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP, RST, SYN, SalPacket, parse
+from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket, parse
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
 
@@ -351,6 +351,8 @@ class ServiceAccessLayer:
     ) -> None:
         """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).
 
+        An RSYN that names one asks several instances for the one that has the flow (`rendezvous`).
+
         Broadcast ones are ignored as well: each host would answer, and an RST kills a prototype's socket.
         Unconnected datagrams belong to no flow.
         """
@@ -359,7 +361,7 @@ class ServiceAccessLayer:
             return
         if self._unconnected.refused(ip, sal, now):
             return
-        if sal.services and not broadcast and (control is None or not control.flags & (RST | SYN)):
+        if sal.services and not broadcast and (control is None or not control.flags & (RST | RSYN | SYN)):
             packet = answer_with_reset(ip, sal)
             self._core.effects.append(SendPacket(packet, ip.source, interface_index))
             self._core.counters["resets_answered"] += 1

@@ -42,6 +42,7 @@ class SalSettings:
     migration_timeout_max_s: float = 3.0
     migration_retransmissions: int = 15
     return_retransmissions: int = 5
+    rendezvous_after: int = 2  # unanswered RSYNs after which the peer is looked for elsewhere too (`rendezvous`)
     no_path_wait_s: float = 90.0  # less than the kernel's TCP waits (DataPlaneSettings.peer_timeout_s)
     version_gap_limit: int = 256  # how far a version number may run ahead (SPEC 11.1, quirk 7)
 
