@@ -8,7 +8,7 @@ reliably and to tell the SAL when its FIN has been acknowledged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
@@ -65,31 +65,59 @@ class Faults:
 
 
 class MemoryPaths:
-    """The `PathFinder` of a host with one wire. `up` false takes the wire away."""
+    """The `PathFinder` of a host whose interfaces are all on the one network, each with an address of its own.
 
-    def __init__(self, address: int, mtu_bytes: int) -> None:
+    The first one that is up is preferred. `down` holds the indexes of those that are not; `up` false is all.
+    """
+
+    def __init__(self, address: int, mtu_bytes: int, more: Sequence[int] = ()) -> None:
         host_bits = 32 - PREFIX_LENGTH
-        broadcast = address | (1 << host_bits) - 1
         self.loopback = Interface(LOOPBACK_INDEX, "lo", LOOPBACK, 8, 0, 65536)
-        self.wire = Interface(WIRE_INDEX, "wire", address, PREFIX_LENGTH, broadcast, mtu_bytes)
-        self.up = True
+        self.wires = [
+            Interface(
+                WIRE_INDEX + number,
+                f"wire{number or ''}",
+                each,
+                PREFIX_LENGTH,
+                each | (1 << host_bits) - 1,
+                mtu_bytes,
+            )
+            for number, each in enumerate((address, *more))
+        ]
+        self.down: set[int] = set()
+
+    @property
+    def wire(self) -> Interface:
+        """The first interface."""
+        return self.wires[0]
+
+    @property
+    def up(self) -> bool:
+        """Whether any wire can be used."""
+        return any(each.index not in self.down for each in self.wires)
+
+    @up.setter
+    def up(self, up: bool) -> None:
+        self.down = set() if up else {each.index for each in self.wires}
+
+    def wire_of(self, address: int) -> Interface | None:
+        """The interface that has this address, if it is up."""
+        found = (each for each in self.wires if each.address == address and each.index not in self.down)
+        return next(found, None)
 
     def path_to(self, address: int, interface_index: int = 0) -> Path | None:
         """See `paths.PathFinder`."""
-        if address in (LOOPBACK, self.wire.address):
-            interface = self.loopback
-        elif self.up:
-            interface = self.wire
-        else:
-            return None
-        if interface_index not in (0, interface.index):
-            return None
-        source = LOOPBACK if address == LOOPBACK else self.wire.address
-        return Path(interface.index, interface.name, source, address, interface.mtu_bytes)
+        own = {LOOPBACK, *(each.address for each in self.wires)}
+        usable = [self.loopback] if address in own else [each for each in self.wires if each.index not in self.down]
+        for interface in usable:
+            if interface_index in (0, interface.index):
+                source = address if address in own else interface.address
+                return Path(interface.index, interface.name, source, address, interface.mtu_bytes)
+        return None
 
     def interfaces(self) -> list[Interface]:
         """See `paths.PathFinder`."""
-        return [self.loopback, self.wire] if self.up else [self.loopback]
+        return [self.loopback, *(each for each in self.wires if each.index not in self.down)]
 
 
 class MemoryHost:
@@ -100,11 +128,18 @@ class MemoryHost:
     in `flow_datagrams`, and are in `closed_by_peer` after its FIN.
     """
 
-    def __init__(self, network: MemoryNetwork, address: int, settings: SalSettings, random: Random) -> None:
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        address: int,
+        settings: SalSettings,
+        random: Random,
+        more: Sequence[int] = (),
+    ) -> None:
         self.network = network
         self.address = address
         self.table = ServiceTable()
-        self.paths = MemoryPaths(address, network.mtu_bytes)
+        self.paths = MemoryPaths(address, network.mtu_bytes, more)
         self.sal = ServiceAccessLayer(settings, self.table, self.paths, random)
         self.transports: dict[FlowID, ToyTransport] = {}
         self.expected: set[FlowID] = set()
@@ -125,7 +160,8 @@ class MemoryHost:
         network = self.network
         transport = self._transport_of(packet)
         if transport is None:
-            index = LOOPBACK_INDEX if packet[16] == 127 else WIRE_INDEX
+            wire = self.paths.wire_of(int.from_bytes(packet[16:20], "big"))
+            index = LOOPBACK_INDEX if packet[16] == 127 else WIRE_INDEX if wire is None else wire.index
             self.sal.packet_received(packet, index, broadcast, network.now)
         else:
             source, destination = (int.from_bytes(packet[at : at + 4], "big") for at in (12, 16))
@@ -258,9 +294,12 @@ class MemoryNetwork:
         self._in_flight: list[tuple[float, int, MemoryHost, bytes, bool]] = []
         self._sent = 0
 
-    def add_host(self, address: int, settings: SalSettings | None = None) -> MemoryHost:
-        """Connect a new host."""
-        host = MemoryHost(self, address, settings or SalSettings(), Random(self.random.getrandbits(64)))
+    def add_host(
+        self, address: int, settings: SalSettings | None = None, more: Sequence[int] = ()
+    ) -> MemoryHost:
+        """Connect a new host, with `more` interfaces that have these addresses."""
+        random = Random(self.random.getrandbits(64))
+        host = MemoryHost(self, address, settings or SalSettings(), random, more)
         self.hosts[address] = host
         return host
 
@@ -271,11 +310,12 @@ class MemoryNetwork:
         if interface_index == LOOPBACK_INDEX:
             self._deliver(sender, packet, False, self.now)
             return
-        if not sender.paths.up:
+        if not sender.paths.up or interface_index in sender.paths.down:
             return
         broadcast = destination in (sender.paths.wire.broadcast_address, 0xFFFFFFFF)
         for host in self.hosts.values():
-            if host.paths.up and (host.address == destination or (broadcast and host is not sender)):
+            wire = host.paths.wire_of(destination)
+            if wire is not None or (broadcast and host is not sender and host.paths.up):
                 self._subject_to_faults(host, packet, broadcast)
 
     def inject(self, host: MemoryHost, packet: bytes, broadcast: bool = False) -> None:
