@@ -10,10 +10,10 @@ from serval_core import sockets
 
 service, certificate, name, line = sys.argv[1:5]
 context = ssl.create_default_context(cafile=certificate)
-with sockets.create_connection(service) as connection, context.wrap_socket(connection, server_hostname=name) as encrypted:
-    with encrypted.makefile("rwb") as stream:
-        print(stream.readline().decode(), end="")
-        stream.write(f"{line}\n".encode())
-        stream.flush()
-        print(stream.readline().decode(), end="")
-        print(encrypted.version())
+connection = sockets.create_connection(service)
+with context.wrap_socket(connection, server_hostname=name) as encrypted, encrypted.makefile("rwb") as stream:
+    print(stream.readline().decode(), end="")
+    stream.write(f"{line}\n".encode())
+    stream.flush()
+    print(stream.readline().decode(), end="")
+    print(encrypted.version())

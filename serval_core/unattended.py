@@ -70,6 +70,7 @@ class UnattendedFlows:
         self._flows_of_user: dict[int, int] = {}
         self._looked_at = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
         self.given_up = 0
 
     def __len__(self) -> int:
@@ -104,6 +105,7 @@ class UnattendedFlows:
 
     def stop(self) -> None:
         """End all flows: their peers get an RST of the SAL, the programs an RST of TCP."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -118,6 +120,8 @@ class UnattendedFlows:
 
     def deliver_reset(self, flow_id: FlowID, attempt: int = 0) -> None:
         """Hand the socket a reset until it has taken one; segments still under way may move what it expects (RFC 5961)."""
+        if self._stopped:
+            return
         seen = self._dataplane.look(flow_id)
         if seen is None or seen.state in (TCP_TIME_WAIT, TCP_CLOSED):
             return
@@ -129,8 +133,10 @@ class UnattendedFlows:
 
     def end_stream(self, flow_id: FlowID, before: SocketState | None = None) -> None:
         """The peer's SAL has closed, its TCP perhaps not: then the stream ends when nothing more has arrived for a while."""
+        if self._stopped or flow_id not in self._holders:
+            return
         seen = self._dataplane.look(flow_id)
-        if flow_id not in self._holders or seen is None or seen.state not in READING_STATES:
+        if seen is None or seen.state not in READING_STATES:
             return
         if before is not None and seen.receive_next == before.receive_next:
             self._dataplane.finish_unattended(flow_id, seen)
