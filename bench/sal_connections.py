@@ -38,6 +38,9 @@ class OnePath:
     def path_to(self, address: int, interface_index: int = 0) -> Path | None:
         return self._path
 
+    def has_address(self, address: int) -> bool:
+        return address == self._interface.address
+
     def interfaces(self) -> list[Interface]:
         return [self._interface]
 

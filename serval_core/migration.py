@@ -167,8 +167,14 @@ class Migration:
                 moves.answers = 0
                 moves.answers_since = now
         moves.candidate_address = ip.source
-        broadcasts = (each.broadcast_address for each in paths.interfaces())
-        moves.candidate_local = path.source_address if ip.destination in broadcasts else ip.destination
+        if moves.own is OwnMove.SETTLED and paths.has_address(flow.local_address):
+            # It may have been sent to where we were, or to where our service is: here we are.
+            moves.candidate_local = flow.local_address
+            path = paths.path_to(ip.source, flow.interface_index) or path
+        elif paths.has_address(ip.destination):
+            moves.candidate_local = ip.destination
+        else:
+            moves.candidate_local = path.source_address  # it was a broadcast
         moves.candidate_path = path
         done = repeated and moves.peer_confirmed
         self._peer_step(flow, PeerEvent.RSYN_REPEATED if done else PeerEvent.RSYN_RECEIVED, now)
@@ -215,6 +221,7 @@ class Migration:
             raise ImpossibleMove(moves.own, event)
         moves.own = step.next_state
         if moves.own is OwnMove.SETTLED:
+            moves.stranded_until = 0.0
             self._core.timers.cancel(moves.timer)
             moves.timer = NO_TIMER
         for action in step.actions:
@@ -352,7 +359,8 @@ class Migration:
         core, moves = self._core, _moves(flow)
         if flow.fin_verno is not None:
             core.stop_retransmission(flow, now)
-        moves.stranded_until = now + core.settings.no_path_wait_s
+        # From the first time on, however often another path is tried in between.
+        moves.stranded_until = moves.stranded_until or now + core.settings.no_path_wait_s
         core.counters["flows_stranded"] += 1
         self._restart(flow, min(now + core.settings.migration_timeout_max_s, moves.stranded_until))
 
@@ -393,7 +401,6 @@ class Migration:
         moves = _moves(flow)
         path = moves.candidate_path
         assert path is not None
-        # From where the peer reached us: if we are moving ourselves, it need not know any other address.
         answering = path._replace(source_address=moves.candidate_local)
         self._core.send_control_on(flow, RSYN | ACK, flow.send_next, answering, moves.candidate_address)
 

@@ -34,5 +34,8 @@ class PathFinder(Protocol):
     def path_to(self, address: int, interface_index: int = 0) -> Path | None:
         """The path to `address`, restricted to one interface if `interface_index` is not 0; None: unreachable."""
 
+    def has_address(self, address: int) -> bool:
+        """Whether an interface that is up has this address, be it its first one or not."""
+
     def interfaces(self) -> Sequence[Interface]:
         """The interfaces that are up, loopback included."""

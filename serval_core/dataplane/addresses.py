@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from serval_core.addresses import is_loopback
 from serval_core.dataplane.netlink import Netlink, RouteQueries, attribute, walk_attributes
 from serval_core.errors import KernelRefused
 from serval_core.names import parse_address
@@ -29,6 +30,7 @@ CACHE_LIMIT = 65536
 PACKET_BYTES_MAX = 15000
 IFF_UP = 0x1
 IFF_LOOPBACK = 0x8
+IFF_LOWER_UP = 0x10000  # there is a carrier
 
 
 class KernelPaths:
@@ -54,6 +56,9 @@ class KernelPaths:
     def interfaces(self) -> Sequence[Interface]:
         return self._interfaces
 
+    def has_address(self, address: int) -> bool:
+        return self.interface_of(address) is not None
+
     def interface_of(self, address: int) -> Interface | None:
         """The interface that has this address, which need not be its first one."""
         return self._by_index.get(self._owners.get(address, 0))
@@ -74,6 +79,8 @@ class KernelPaths:
             if name in self._ignored or entry is None or not link["flags"] & IFF_UP:
                 continue
             loopback = bool(link["flags"] & IFF_LOOPBACK)
+            if not loopback and not link["flags"] & IFF_LOWER_UP:
+                continue
             if self._only is not None and name not in self._only and not loopback:
                 continue
             broadcast = entry.get("IFA_BROADCAST")
@@ -103,8 +110,15 @@ class KernelPaths:
             return path
 
     def _query(self, address: int, interface_index: int) -> Path | None:
-        path = self._ask(address, 0)
-        if not interface_index or (path is not None and path.interface_index == interface_index):
+        answer = self._answer(address, 0, 0)
+        path = None if answer is None else self._decode(answer, address)
+        if not interface_index:
+            if answer is None or path is not None:
+                return path
+            # The kernel goes on to name interfaces without a carrier, and such as we are not to use.
+            others = (self.path_to(address, each.index) for each in self._interfaces if not is_loopback(each.address))
+            return next((each for each in others if each is not None), None)
+        if path is not None and path.interface_index == interface_index:
             return path
         # Without a route through the given interface the kernel answers as if the address were on its link.
         if self._answer(address, interface_index, RTM_F_FIB_MATCH) is None:

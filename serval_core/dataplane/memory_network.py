@@ -105,6 +105,10 @@ class MemoryPaths:
         found = (each for each in self.wires if each.address == address and each.index not in self.down)
         return next(found, None)
 
+    def has_address(self, address: int) -> bool:
+        """See `paths.PathFinder`."""
+        return self.wire_of(address) is not None
+
     def path_to(self, address: int, interface_index: int = 0) -> Path | None:
         """See `paths.PathFinder`."""
         own = {LOOPBACK, *(each.address for each in self.wires)}
