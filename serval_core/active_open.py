@@ -112,7 +112,8 @@ class ActiveOpen:
         if path is None:
             raise TheirMistake("no_path_back")
 
-        self._answered(flow, sal.source_addresses[1] if sal.source_addresses else ip.source, peer_address, now)
+        asked = sal.source_addresses[1] if sal.source_addresses else ip.source
+        self._answered(flow, asked, peer_address, path.interface_index, now)
         flow.peer_flow_id = FlowID(sal.src_flow_id)
         flow.peer_nonce = control.nonce
         flow.receive_next = control.verno + 1 & 0xFFFFFFFF
@@ -129,7 +130,7 @@ class ActiveOpen:
         flow.search = None
         self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
 
-    def _answered(self, flow: Flow, asked: int, peer_address: int, now: float) -> None:
+    def _answered(self, flow: Flow, asked: int, peer_address: int, interface_index: int, now: float) -> None:
         """A SYN that went to `asked` was answered by `peer_address`, another one if a service router was asked."""
         search = _search(flow)
         core = self._core
@@ -137,6 +138,7 @@ class ActiveOpen:
         # Karn: an answer tells the time only of a SYN that was sent once.
         if search.rounds == 0 and search.refusals == 0 and search.sent_at is not None and asked not in search.asked:
             core.round_trips.sample(peer_address, now - search.sent_at)
+            core.path_quality.answered((interface_index, peer_address), now - search.sent_at, now)
             if asked != peer_address:
                 core.round_trips.sample(asked, now - search.sent_at)
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 LOOPBACK = 0x7F000001
 
 
+def is_loopback(address: int) -> bool:
+    """Whether this address never leaves a host."""
+    return address >> 24 == 127
+
+
 def is_unicast(address: int) -> bool:
     """Whether a single host can have this address, as far as the number tells: a subnet's broadcast address
     looks like any other.

@@ -16,6 +16,7 @@ from serval_core.flow import Flow
 from serval_core.flow_table import FlowTable
 from serval_core.liveness import Liveness
 from serval_core.names import ServiceID
+from serval_core.path_quality import PathQuality
 from serval_core.paths import Path, PathFinder
 from serval_core.retransmission import RoundTrips
 from serval_core.sal_settings import SalSettings
@@ -52,7 +53,9 @@ class Core:
         "flows",
         "last_listener_id",
         "liveness",
+        "path_quality",
         "paths",
+        "paths_of",
         "random",
         "round_trips",
         "settings",
@@ -66,6 +69,8 @@ class Core:
         self.settings = settings
         self.table = table
         self.paths = paths
+        self.paths_of: Callable[[ServiceID], PathFinder] = lambda _: paths  # of flows that this host opens
+        self.path_quality = PathQuality()
         self.random = random
         self.flows = FlowTable(settings.time_wait_s, settings.time_wait_limit)
         self.timers = Timers()

@@ -62,9 +62,10 @@ class Failover:
         if flow.advisory_address:
             if search.asked:
                 return Choice.ROUND_OVER
-            flow.ways = ways_to(core.paths, flow.advisory_address)
+            flow.ways = ways_to(core.paths_of(flow.service_id), flow.advisory_address)
             return Choice.FOUND if flow.ways else Choice.NO_PATH
         unreachable: set[int] = set()
+        paths = core.paths_of(flow.service_id)
         while True:
             rule_type, targets = core.table.resolve(
                 flow.service_id, core.random.random, search.asked | unreachable, self.syn_bytes
@@ -73,7 +74,7 @@ class Failover:
                 break
             if rule_type is RuleType.DEMUX and LOOPBACK in search.asked:
                 return Choice.ROUND_OVER
-            flow.ways = ways_of(core.paths, targets)
+            flow.ways = ways_of(paths, targets)
             if flow.ways:
                 search.broadcast = targets[0].broadcast
                 return Choice.FOUND
@@ -93,9 +94,10 @@ class Failover:
 
     def silent(self, flow: Flow, search: Search, now: float) -> None:
         """The answer to the last SYN is overdue."""
-        for destination, _ in flow.ways:
+        for destination, path in flow.ways:
             search.asked.add(destination)
             if not search.broadcast:
+                self._core.path_quality.silent((path.interface_index, destination), now)
                 self._core.liveness.silent(flow.service_id, destination, now)
 
     def refused(self, flow: Flow, search: Search, address: int, now: float) -> None:

@@ -193,7 +193,7 @@ class Migration:
             # Its ACK was lost: the peer goes on asking until it has it.
             self._confirm(flow, now)
         elif after(control.ackno, moves.first_verno):
-            if moves.repeats == 0:
+            if moves.sent_at is not None:
                 self._core.round_trips.sample(flow.peer_address, now - moves.sent_at)
             if moves.seeking and source != flow.peer_address and is_unicast(source):
                 moves.destination = source
@@ -286,6 +286,7 @@ class Migration:
 
     def _repeat(self, flow: Flow, now: float) -> None:
         moves = _moves(flow)
+        moves.sent_at = None
         paths = self._core.paths
         if moves.path is None:
             moves.path = paths.path_to(flow.peer_address)
@@ -414,6 +415,8 @@ class Migration:
         flow.interface_index = path.interface_index
         flow.mtu_bytes = path.mtu_bytes
         self._move_path(flow)
+        moves.repeats = 0  # of the RSYNs to where it is now
+        moves.seeking = False
         self._own_step(flow, OwnEvent.PEER_MOVED, now)
 
     def _report_peer_migrated(self, flow: Flow, now: float) -> None:

@@ -10,6 +10,7 @@ After every call, and when `next_timeout()` has come and `handle_timeouts` was c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import ECONNABORTED, EPIPE
 
 from serval_core.active_open import ActiveOpen
@@ -26,6 +27,7 @@ from serval_core.migration_states import OwnMove
 from serval_core.moves import LiveFlow
 from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
 from serval_core.passive_open import PassiveOpen
+from serval_core.path_quality import PathQuality
 from serval_core.paths import Path, PathFinder
 from serval_core.reset import answer_with_reset
 from serval_core.sal_settings import SalSettings
@@ -175,6 +177,15 @@ class ServiceAccessLayer:
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None:
             self._migration.path_lost(flow, now)
+
+    @property
+    def path_quality(self) -> PathQuality:
+        """What is known about the ways to other hosts."""
+        return self._core.path_quality
+
+    def choose_paths(self, paths_of: Callable[[ServiceID], PathFinder]) -> None:
+        """Find the paths of new flows of a service by what `paths_of` returns."""
+        self._core.paths_of = paths_of
 
     def bind_datagrams(self, prefix: ServicePrefix | None) -> Endpoint:
         """Receive unconnected datagrams for `prefix`, or a random serviceID. See `unconnected`."""
