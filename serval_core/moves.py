@@ -52,7 +52,7 @@ class Moves:
         self.destination = 0
         self.first_verno = 0
         self.started_at = 0.0
-        self.sent_at = 0.0
+        self.sent_at: float | None = None  # of an RSYN that was sent once
         self.repeats = 0
         self.seeking = False  # the RSYN has also gone to where else the peer may be (`rendezvous`)
         self.timeout_s = 0.0
