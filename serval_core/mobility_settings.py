@@ -117,6 +117,12 @@ class MobilitySettings(Struct, frozen=True):
             section.prefer or section.interface or section.choose != "route" or self.services
         )
 
+    @property
+    def measures(self) -> bool:
+        """Whether round-trip times or losses decide about anything."""
+        choices = {self.section.choose, *(each.choose for each in self.services)}
+        return not choices.isdisjoint({"rtt", "loss"})
+
     def _entry(self, interface: str) -> InterfaceEntry | None:
         return next((each for each in self.section.interface if fnmatchcase(interface, each.name)), None)
 

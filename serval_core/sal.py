@@ -156,19 +156,16 @@ class ServiceAccessLayer:
 
     def live_flows(self) -> list[LiveFlow]:
         """The flows that `migrate` can move."""
-        return [
-            LiveFlow(
-                flow.flow_id,
-                flow.service_id,
-                flow.local_address,
-                flow.peer_address,
-                flow.interface_index,
-                OwnMove.SETTLED if flow.moves is None else flow.moves.own,
-                None if flow.moves is None else flow.moves.path,
-            )
-            for flow in self._core.flows.by_id.values()
-            if flow.state in MOVABLE
-        ]
+        return [_live(flow) for flow in self._core.flows.by_id.values() if flow.state in MOVABLE]
+
+    def live_flow(self, flow_id: FlowID) -> LiveFlow | None:
+        """One of them; None if it is gone, or cannot be moved."""
+        flow = self._core.flows.by_id.get(flow_id)
+        return None if flow is None or flow.state not in MOVABLE else _live(flow)
+
+    def flow_ids(self) -> list[FlowID]:
+        """All flows, in whatever state."""
+        return [flow.flow_id for flow in self._core.flows.by_id.values()]
 
     def path_lost(self, flow_id: FlowID, now: float) -> None:
         """The path of a flow is gone and there is no other one. It waits for `migrate`, or for a path to its peer
@@ -383,6 +380,19 @@ def _is_syn(packet: bytes) -> bool:
     """Whether a packet looks like a SYN: a glance that costs next to nothing during a flood."""
     control = (packet[0] & 15) * 4 + 12 if packet else 0
     return len(packet) > control + 2 and packet[control] >> 4 == 1 and packet[control + 2] & 0xFC == SYN
+
+
+def _live(flow: Flow) -> LiveFlow:
+    moves = flow.moves
+    return LiveFlow(
+        flow.flow_id,
+        flow.service_id,
+        flow.local_address,
+        flow.peer_address,
+        flow.interface_index,
+        OwnMove.SETTLED if moves is None else moves.own,
+        None if moves is None else moves.path,
+    )
 
 
 def _snapshot(flow: Flow, core: Core) -> dict[str, object]:

@@ -42,6 +42,7 @@ from serval_core.effects import (
     SendPacket,
 )
 from serval_core.errors import KernelRefused
+from serval_core.mobility_settings import MobilitySettings
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.native_service import NativeService
 from serval_core.paths import PathFinder
@@ -51,6 +52,7 @@ from serval_core.service_events import ServiceEvents
 from serval_core.service_requests import ServiceRequests
 from serval_core.service_table import ServiceTable
 from serval_core.stack_migration import Migrations
+from serval_core.stack_mobility import AutomaticMobility
 from serval_core.stack_services import StackServices, report_defect
 from serval_core.stack_socket import StackSocketServer
 from serval_core.unattended import Holder, UnattendedFlows
@@ -77,6 +79,7 @@ class StackSettings:
     dataplane: DataPlaneSettings = field(default_factory=DataPlaneSettings)
     broadcast_resolution: bool = True
     access: AccessPolicy = field(default_factory=AccessPolicy)  # of native programs
+    mobility: MobilitySettings = field(default_factory=MobilitySettings)
 
 
 class ServalStack:
@@ -89,6 +92,7 @@ class ServalStack:
     router: Router
     services: StackServices
     migrations: Migrations
+    mobility: AutomaticMobility
 
     def __init__(self, settings: StackSettings) -> None:
         self.settings = settings
@@ -169,6 +173,16 @@ class ServalStack:
         stack.migrations = Migrations(
             stack._sal, stack._dataplane.paths, stack.events, stack._run_effects
         )
+        stack.mobility = AutomaticMobility(
+            stack.settings.mobility,
+            stack._sal,
+            stack._dataplane.paths,
+            stack.events,
+            stack._connections,
+            stack._dataplane.flow_counters,
+            stack._run_effects,
+        )
+        stack.migrations.on_placed = stack.mobility.mobility.placed
         stack._update_broadcast_rules()
         stack.router = Router(
             stack.table,
@@ -201,6 +215,7 @@ class ServalStack:
         for listener in list(self._listeners.values()):
             listener.close()
         self.native.close()
+        self.mobility.close()
         self.unattended.stop()
         for connection in list(self._connections.values()):
             connection.abort()
@@ -317,6 +332,7 @@ class ServalStack:
             **{f"stack_socket_{name}": count for name, count in self.stack_socket.counters.items()},
             **self._dataplane.counters(),
             **self.router.counters(),
+            **self.mobility.counters,
             **{
                 f"send_error_{errno.errorcode.get(code, code)}": count
                 for code, count in self._send_errors.items()
@@ -408,6 +424,7 @@ class ServalStack:
         self._dataplane.paths.refresh()
         self._dataplane.attach_interfaces()
         self._update_broadcast_rules()
+        self.mobility.host_changed()
         self._sal.paths_changed(time.monotonic())
         self._run_effects()
         for observer in self._host_observers:

@@ -64,6 +64,8 @@ class Migrations:
         self._paths = paths
         self._events = events
         self._run_effects = run_effects
+        self.on_placed: Callable[[Collection[FlowID]], None] = lambda flow_ids: None
+        """Told of flows that are to stay where they are being sent."""
 
     def migrate_flow(self, flow_id: FlowID, goal: Goal) -> Begun:
         """Move one flow. OurMistake when that cannot be begun; nothing has changed then."""
@@ -101,6 +103,7 @@ class Migrations:
             else:
                 self._sal.migrate(flow.flow_id, path, time.monotonic())
                 begun.migrating.append(flow.flow_id)
+        self.on_placed(begun.migrating)
         self._run_effects()
         return begun
 

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from lab.hosts import Host
 from serval_core.connection import Connection, Listener
 from serval_core.dataplane.kernel import DataPlaneSettings
+from serval_core.mobility_settings import MobilitySettings
 from serval_core.names import parse_address, parse_service
 from serval_core.rules import Rule
 from serval_core.sal_settings import SalSettings
@@ -28,10 +29,21 @@ class StackThread:
     """`ServalStack` on `host`; a context manager. Methods may be called from the test's thread."""
 
     def __init__(
-        self, host: Host, *, sal: SalSettings | None = None, broadcast: bool = True, dataplane: DataPlaneSettings | None = None
+        self,
+        host: Host,
+        *,
+        sal: SalSettings | None = None,
+        broadcast: bool = True,
+        dataplane: DataPlaneSettings | None = None,
+        mobility: MobilitySettings | None = None,
     ) -> None:
         self.host = host
-        self.settings = StackSettings(sal or SalSettings(), dataplane or DataPlaneSettings(), broadcast)
+        self.settings = StackSettings(
+            sal or SalSettings(),
+            dataplane or DataPlaneSettings(),
+            broadcast,
+            mobility=mobility or MobilitySettings(),
+        )
         self._ready: queue.Queue[BaseException | None] = queue.Queue()
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop

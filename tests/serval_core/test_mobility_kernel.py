@@ -1,0 +1,137 @@
+"""Hosts that lose and get interfaces and addresses under a live transfer: whatever was sent arrives, over what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lab.hosts import Host, Lab
+from lab.waiting import wait_for
+from serval_core.mobility_settings import MobilitySection, MobilitySettings
+from serval_core.sal_settings import SalSettings
+from tests.serval_core.stack_thread import StackThread, Stream
+from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, two_paths
+
+SERVICE = "76568"
+QUICK = SalSettings(connect_timeout_s=5.0, time_wait_s=0.2, fin_wait2_s=0.5, no_path_wait_s=30.0)
+RETURNING_SOON = MobilitySettings(MobilitySection(return_after_s=0.2, silence_s=1.0))
+STEP_BYTES = 1_000_000
+
+
+class Ends:
+    """Both stacks, and one flow between them that carries data from the server to the client."""
+
+    def __init__(self, hosts: tuple[Host, Host, Host], client: StackThread, server: StackThread) -> None:
+        self.client_host, self.server_host, self.router = hosts
+        self.client, self.server = client, server
+        self.listener = server.listen(SERVICE)
+        client.forward(SERVICE, SERVER[0])
+        self.near: Stream = client.connect(SERVICE)
+        self.far: Stream = self.listener.accept()
+        self.near_moves, self.far_moves = Mover(client), Mover(server)
+        self.near_id, self.far_id = self.near.connection.flow_id, self.far.connection.flow_id
+        self.transfer = Transfer(self.far, self.near)
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        """Return once some more has arrived."""
+        before = self.transfer.received_bytes
+        wait_for(lambda: self.transfer.received_bytes > before + STEP_BYTES, "data to arrive", 30.0)
+
+    def addresses(self) -> tuple[str, str]:
+        """Where the two ends are, as the client sees it."""
+        (flow,) = self.client.flows()
+        return str(flow["local_address"]), str(flow["peer_address"])
+
+    def finish(self) -> None:
+        """The transfer ends, and nothing is left of it."""
+        self.goes_on()
+        assert self.transfer.finish() > 0
+        self.near.release()
+        self.far.release()
+        for stack in (self.client, self.server):
+            wait_for(lambda stack=stack: stack.counters()["open_transports"] == 0, "all transports are closed")
+            wait_for(lambda stack=stack: stack.flows() == [], "all flows are gone")
+            assert stack.counters()["flow_map_entries"] == 0
+
+
+@pytest.fixture
+def ends(lab: Lab) -> Iterator[Ends]:
+    hosts = two_paths(lab)
+    with (
+        StackThread(hosts[0], sal=QUICK, mobility=RETURNING_SOON) as client,
+        StackThread(hosts[1], sal=QUICK, mobility=RETURNING_SOON) as server,
+    ):
+        yield Ends(hosts, client, server)
+
+
+def ip(host: Host, *words: object) -> None:
+    host.run(["ip", *map(str, words)])
+
+
+def default_route(host: Host, address: str, interface: str, metric: int) -> None:
+    router = f"{address.rpartition('.')[0]}.1"
+    ip(host, "route", "replace", "default", "via", router, "dev", interface, "metric", metric, "congctl", "cubic")
+
+
+def test_an_address_is_deleted_at_either_end(ends: Ends) -> None:
+    ip(ends.client_host, "address", "del", f"{CLIENT[0]}/24", "dev", "eth0")
+    assert ends.near_moves.outcome(ends.near_id, "local")["address"] == CLIENT[1]
+    ends.goes_on()
+    ip(ends.server_host, "address", "del", f"{SERVER[0]}/24", "dev", "eth0")
+    assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[1]
+    ends.goes_on()
+    assert ends.addresses() == (CLIENT[1], SERVER[1])
+    ends.finish()
+
+
+def test_an_interface_goes_down_and_comes_back(ends: Ends) -> None:
+    ip(ends.server_host, "link", "set", "eth0", "down")
+    assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[1]
+    ends.goes_on()
+    ip(ends.server_host, "link", "set", "eth0", "up")
+    default_route(ends.server_host, SERVER[0], "eth0", 100)
+    assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[0]
+    ends.finish()
+
+
+def test_a_cable_is_pulled(ends: Ends) -> None:
+    ip(ends.router, "link", "set", "eth0", "down")  # the client's first wire
+    assert ends.near_moves.outcome(ends.near_id, "local")["address"] == CLIENT[1]
+    ends.goes_on()
+    ip(ends.router, "link", "set", "eth0", "up")
+    assert ends.near_moves.outcome(ends.near_id, "local")["address"] == CLIENT[0]
+    ends.finish()
+
+
+def test_an_only_interface_gets_an_address_in_another_subnet(ends: Ends) -> None:
+    ip(ends.server_host, "link", "set", "eth1", "down")
+    ip(ends.router, "address", "add", "10.3.0.1/24", "dev", "eth2")
+    ip(ends.server_host, "address", "del", f"{SERVER[0]}/24", "dev", "eth0")
+    ip(ends.server_host, "address", "add", "10.3.0.2/24", "dev", "eth0")
+    default_route(ends.server_host, "10.3.0.2", "eth0", 100)
+    assert ends.near_moves.outcome(ends.near_id, "peer")["address"] == "10.3.0.2"
+    ends.goes_on()
+    ends.finish()
+
+
+def test_a_flow_waits_until_there_is_a_path_again(ends: Ends) -> None:
+    for interface in ("eth0", "eth1"):
+        ip(ends.client_host, "link", "set", interface, "down")
+    wait_for(lambda: ends.client.flows()[0]["migration"] == "STRANDED", "the flow to have no path")
+    assert ends.client.counters()["flows_without_path"] == 1
+    ip(ends.client_host, "link", "set", "eth1", "up")
+    default_route(ends.client_host, CLIENT[1], "eth1", 101)
+    wait_for(lambda: ends.addresses()[0] == CLIENT[1], "the flow to be on the other path")
+    ends.finish()
+
+
+def test_a_path_dies_without_a_sign(ends: Ends) -> None:
+    """The router still has its carrier, and forwards nothing to or from the server's first network."""
+    for word in ("saddr", "daddr"):
+        rule = f"add table ip f; add chain ip f c {{ type filter hook forward priority 0; }}; add rule ip f c ip {word} {SERVER[0]} drop"
+        ends.router.run(["nft", rule])
+    assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[1]
+    ends.goes_on()
+    ends.finish()
