@@ -10,6 +10,7 @@ from lab.hosts import Host, Lab
 from lab.waiting import wait_for
 from serval_core.mobility_settings import MobilitySection, MobilitySettings
 from serval_core.sal_settings import SalSettings
+from tests.serval_core.controller.controlled import Controlled, host_settings, router_settings
 from tests.serval_core.stack_thread import StackThread, Stream
 from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, two_paths
 
@@ -51,9 +52,15 @@ class Ends:
         self.near.release()
         self.far.release()
         for stack in (self.client, self.server):
-            wait_for(lambda stack=stack: stack.counters()["open_transports"] == 0, "all transports are closed")
-            wait_for(lambda stack=stack: stack.flows() == [], "all flows are gone")
-            assert stack.counters()["flow_map_entries"] == 0
+            nothing_is_left(stack)
+
+
+def nothing_is_left(stack: StackThread) -> None:
+    """Return once the stack has no flow and nothing of one any more."""
+    wait_for(lambda: stack.flows() == [], "all flows to be gone")
+    wait_for(lambda: stack.counters()["open_transports"] == 0, "all transports to be closed")
+    assert stack.counters()["flow_map_entries"] == 0
+    assert not len(stack.stack._dataplane.neighbours._key_of)
 
 
 @pytest.fixture
@@ -129,9 +136,50 @@ def test_a_flow_waits_until_there_is_a_path_again(ends: Ends) -> None:
 
 def test_a_path_dies_without_a_sign(ends: Ends) -> None:
     """The router still has its carrier, and forwards nothing to or from the server's first network."""
+    ends.router.run(["nft", "add table ip f; add chain ip f c { type filter hook forward priority 0; }"])
     for word in ("saddr", "daddr"):
-        rule = f"add table ip f; add chain ip f c {{ type filter hook forward priority 0; }}; add rule ip f c ip {word} {SERVER[0]} drop"
-        ends.router.run(["nft", rule])
+        ends.router.run(["nft", f"add rule ip f c ip {word} {SERVER[0]} drop"])
     assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[1]
     ends.goes_on()
     ends.finish()
+
+
+def test_both_ends_move_at_once_and_meet_through_the_service_router(lab: Lab) -> None:
+    """With a second instance of the service, which must not take part."""
+    client_host, server_host, router_host = two_paths(lab)
+    other_host = lab.host("other")
+    lab.connect(other_host, "10.4.0.2/24", router_host, "10.4.0.1/24")
+    other_host.add_route("default", "10.4.0.1")
+    registering = {
+        client_host: host_settings(routers=("10.1.1.1",), discover=False),
+        server_host: host_settings(routers=("10.2.1.1",), discover=False),
+        other_host: host_settings(routers=("10.4.0.1",), discover=False),
+    }
+    with (
+        Controlled(router_host, router_settings()) as router,
+        Controlled(server_host, registering[server_host]) as server,
+        Controlled(client_host, registering[client_host]) as client,
+        Controlled(other_host, registering[other_host]) as other,
+    ):
+        listener = server.listen(SERVICE)
+        router.wait_rules((SERVICE, SERVER[0], 1))
+        near, far = client.connect(SERVICE), listener.accept()
+        other.listen(SERVICE)
+        router.wait_rules((SERVICE, SERVER[0], 1), (SERVICE, "10.4.0.2", 1))
+        transfer = Transfer(far, near)
+        wait_for(lambda: transfer.received_bytes > STEP_BYTES, "data to arrive")
+        for host in (client_host, server_host):
+            ip(host, "link", "set", "eth0", "down")
+
+        def meet() -> bool:
+            (flow,) = client.flows()
+            return (flow["local_address"], flow["peer_address"]) == (CLIENT[1], SERVER[1])
+
+        wait_for(meet, "the ends to meet again", 40.0)
+        before = transfer.received_bytes
+        wait_for(lambda: transfer.received_bytes > before + STEP_BYTES, "data to arrive again", 40.0)
+        assert transfer.finish() > 0
+        assert client.counters()["peers_found_again"] >= 1
+        assert other.counters().get("resets_answered", 0) == 0
+        near.release()
+        far.release()
