@@ -26,7 +26,8 @@ class Behaviour:
     It writes `send` at once and, with `echo`, whatever it receives. It closes both directions (the prototype
     has no half-close) at the peer's end of stream; or earlier: when everything was written ("sent"), when the
     peer has acknowledged it ("acknowledged"), when moreover `expected_bytes` have arrived ("received"). After
-    `stop_reading_at` bytes it reads no more, and closes when more have come, which resets the flow.
+    `stop_reading_at` bytes it reads no more, and closes when more have come, which resets the flow. It migrates to
+    each address of `migrations`, one after the other, when so many bytes have gone to and fro.
     """
 
     send: bytes = b""
@@ -34,6 +35,7 @@ class Behaviour:
     close_when: CloseWhen = "end_of_stream"
     expected_bytes: int = 0
     stop_reading_at: int | None = None
+    migrations: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

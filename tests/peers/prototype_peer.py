@@ -17,6 +17,7 @@ from serval_core.wire.scapy_layers import IP, SAL, SALControl, SALService
 
 from .application import Behaviour, FlowResult, PeerResult
 from .prototype_flow import ACK, FIN, RST, SYN, Flow, Identity
+from .prototype_mover import MovingFlow
 from .prototype_receiver import NEVER, SEQUENCE_NUMBERS
 from .raw_wire import Loss, RawWire, Received, lose_nothing
 
@@ -131,7 +132,7 @@ class Peer(ABC):
             self._counters["packets_for_no_flow"] += 1
 
     def _flow(self, wire: RawWire, identity: Identity) -> Flow:
-        flow = Flow(wire, self.behaviour, identity, self.service_id, self.options.initial_timeout_s)
+        flow = MovingFlow(wire, self.behaviour, identity, self.service_id, self.options.initial_timeout_s)
         self._flows[identity.flow_id] = flow
         return flow
 

@@ -104,6 +104,11 @@ class PrototypeTcp:
         return self._acknowledged >= self._end
 
     @property
+    def acknowledged_bytes(self) -> int:
+        """How many bytes have reached the peer."""
+        return min(self._acknowledged - 1, len(self._data))
+
+    @property
     def written_bytes(self) -> int:
         """How many bytes were written so far."""
         return len(self._data)
