@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.commands import echoes, identities, migrating, services, transfers, watching
+from serval_core.commands import balancing, echoes, identities, migrating, services, transfers, watching
 
 PROGRAM = "serval"
 
@@ -31,6 +31,7 @@ for command in (
     services.service,
     services.resolve,
     migrating.migrate,
+    balancing.balance,
     watching.flows,
     watching.events,
     watching.stats,

@@ -132,6 +132,13 @@ class Mobility:
         until = now + backed_off_s(AVOID_S, times, AVOID_MAX_S)
         self._avoided[interface_index, peer_address] = until, times + 1
 
+    def keep_only(self, flow_ids: Collection[FlowID]) -> None:
+        """Forget all other flows."""
+        for flow_id in [each for each in {*self._homes, *self._searches} if each not in flow_ids]:
+            self._homes.pop(flow_id, None)
+            self._searches.pop(flow_id, None)
+        self._placed.intersection_update(flow_ids)
+
     def works(self, interface_index: int, peer_address: int) -> None:
         """A peer did answer through an interface."""
         self._avoided.pop((interface_index, peer_address), None)
@@ -141,7 +148,7 @@ class Mobility:
     def decide(self, flows: Collection[LiveFlow], now: float) -> list[Decision]:
         """The flows that are to move now. `flows` are all there are; what was known of others is forgotten."""
         self._due = inf
-        self._forget_others({each.flow_id for each in flows})
+        self.keep_only({each.flow_id for each in flows})
         if not self.settings.section.automatic:
             return []
         return [decision for flow in flows if (decision := self._decide(flow, now)) is not None]
@@ -290,8 +297,3 @@ class Mobility:
     def _name(self, interface_index: int) -> str:
         return next((each.name for each in self._paths.interfaces() if each.index == interface_index), "")
 
-    def _forget_others(self, live: Collection[FlowID]) -> None:
-        for flow_id in [each for each in {*self._homes, *self._searches} if each not in live]:
-            self._homes.pop(flow_id, None)
-            self._searches.pop(flow_id, None)
-        self._placed.intersection_update(live)

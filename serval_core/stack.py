@@ -51,6 +51,7 @@ from serval_core.sal import SalSettings, ServiceAccessLayer
 from serval_core.service_events import ServiceEvents
 from serval_core.service_requests import ServiceRequests
 from serval_core.service_table import ServiceTable
+from serval_core.stack_balance import Balancer
 from serval_core.stack_migration import Migrations
 from serval_core.stack_mobility import AutomaticMobility
 from serval_core.stack_services import StackServices, report_defect
@@ -183,6 +184,7 @@ class ServalStack:
             stack._run_effects,
         )
         stack.migrations.on_placed = stack.mobility.mobility.placed
+        balancer = Balancer(stack._sal, stack.migrations, stack._dataplane.flow_counters)
         stack._update_broadcast_rules()
         stack.router = Router(
             stack.table,
@@ -204,6 +206,8 @@ class ServalStack:
         for name, handler in ServiceRequests(stack.services).handlers().items():
             stack.stack_socket.register(name, handler)
         for name, handler in stack.migrations.handlers().items():
+            stack.stack_socket.register(name, handler)
+        for name, handler in balancer.handlers().items():
             stack.stack_socket.register(name, handler)
         stack.stack_socket.register("counters", lambda _: stack.counters())
         return stack

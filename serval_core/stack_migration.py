@@ -175,6 +175,10 @@ class Migrations:
             begun = begin()
             refused = [{"flow_id": flow_id, "why": why} for flow_id, why in begun.refused.items()]
             return {"migrating": begun.migrating, "refused": refused}
+        return self.until_known(begin)
+
+    def until_known(self, begin: Callable[[], Begun]) -> AsyncGenerator[object, None]:
+        """Begin at once, raising what that raises, and then tell what became of each flow."""
         some = asyncio.Event()
         queue = EventQueue(some.set)
         unsubscribe = self._events.subscribe(queue.put, ("flow_migrated", "migration_failed", "flow_ended"))

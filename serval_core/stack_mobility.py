@@ -204,6 +204,7 @@ class AutomaticMobility:
         )
 
     def _forget_others(self, flow_ids: set[FlowID]) -> None:
+        self.mobility.keep_only(flow_ids)
         self._silence.keep_only(flow_ids)
         for memory in (self._measured, self._moved_at):
             for gone in [each for each in memory if each not in flow_ids]:

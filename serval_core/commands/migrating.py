@@ -6,7 +6,7 @@ The words of the prototype's `serv` are understood: `migrate flow N IF`, `migrat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich_click as click
@@ -89,12 +89,19 @@ def _goal(interface: str | None, to: str | None) -> dict[str, str]:
 
 
 def _migrate(request: str, as_json: bool, **arguments: object) -> None:
-    """Ask, wait for every outcome, and show them. The exit status is 1 when a flow did not move."""
+    """Ask, wait for every outcome, and show them."""
     outcomes: list[Row] = list(StackSocketClient().stream(request, wait=True, **arguments))
-    console = new_console()
     if as_json:
-        print_json(console, outcomes)
-    elif outcomes:
+        print_json(new_console(), outcomes)
+    else:
+        show_outcomes(outcomes)
+    leave_with(outcomes)
+
+
+def show_outcomes(outcomes: Sequence[Row]) -> None:
+    """A table of what became of flows that were to move."""
+    console = new_console()
+    if outcomes:
         table = new_table("flow", "outcome", "now at", ">took", "why not")
         for each in outcomes:
             seconds = each.get("duration_s")
@@ -108,5 +115,9 @@ def _migrate(request: str, as_json: bool, **arguments: object) -> None:
         console.print(table)
     else:
         console.print("no flows to migrate")
+
+
+def leave_with(outcomes: Sequence[Row]) -> None:
+    """End with exit status 1 if a flow did not move."""
     if any(each["outcome"] != "migrated" for each in outcomes):
         raise Exit(NOT_POSSIBLE)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,7 @@ from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, two_pat
 SERVICE = "76568"
 QUICK = SalSettings(connect_timeout_s=5.0, time_wait_s=0.2, fin_wait2_s=0.5, no_path_wait_s=30.0)
 RETURNING_SOON = MobilitySettings(MobilitySection(return_after_s=0.2, silence_s=1.0))
+ROOT = Path(__file__).parents[2]
 STEP_BYTES = 1_000_000
 
 
@@ -61,6 +66,12 @@ def nothing_is_left(stack: StackThread) -> None:
     wait_for(lambda: stack.counters()["open_transports"] == 0, "all transports to be closed")
     assert stack.counters()["flow_map_entries"] == 0
     assert not len(stack.stack._dataplane.neighbours._key_of)
+
+
+def move_all(stack: StackThread) -> None:
+    """Send every flow on the first interface to the second."""
+    migrations = stack.stack.migrations
+    stack.call(lambda: migrations.migrate_interface("eth0", migrations.goal("eth1")))
 
 
 @pytest.fixture
@@ -183,3 +194,51 @@ def test_both_ends_move_at_once_and_meet_through_the_service_router(lab: Lab) ->
         assert other.counters().get("resets_answered", 0) == 0
         near.release()
         far.release()
+
+
+def test_live_flows_are_spread_over_two_interfaces(ends: Ends) -> None:
+    """The server has four flows on its first interface; afterwards both carry some, and nobody has lost a byte."""
+    more = [(ends.client.connect(SERVICE), ends.listener.accept()) for _ in range(3)]
+    transfers = [Transfer(far, near) for near, far in more]
+    for transfer in transfers:
+        wait_for(lambda transfer=transfer: transfer.received_bytes > STEP_BYTES, "data to arrive")
+
+    def serval(*words: str) -> Any:
+        command = (sys.executable, "-c", "from serval_core.cli import main; main()", *words, "--json")
+        return json.loads(ends.server_host.run(command, cwd=ROOT).stdout)
+
+    planned = serval("balance", "eth0", "eth1", "--measure", "0.2", "--dry-run")
+    assert [each["flows"] for each in planned["interfaces"]] == [4, 0]
+    assert planned["flows"] == []
+    balanced = serval("balance", "eth0", "eth1", "--measure", "0.2")
+    assert {each["outcome"] for each in balanced["flows"]} == {"migrated"}
+    moved = len(balanced["flows"])
+    assert [each["flows_wanted"] for each in balanced["interfaces"]] == [4 - moved, moved]
+    assert sorted(str(flow["local_address"]) for flow in ends.server.flows()) == sorted(
+        [SERVER[0]] * (4 - moved) + [SERVER[1]] * moved
+    )
+    for transfer, (near, far) in zip(transfers, more, strict=True):
+        assert transfer.finish() > 0
+        near.release()
+        far.release()
+    ends.finish()
+
+
+def test_nothing_is_left_of_many_flows_that_have_moved(ends: Ends) -> None:
+    """They end while they move, and while they have moved; every second one is reset."""
+    for turn in range(6):
+        flows = [(ends.client.connect(SERVICE), ends.listener.accept()) for _ in range(20)]
+        host = (ends.client, ends.server)[turn % 2]
+        move_all(host)
+        for number, (near, far) in enumerate(flows):
+            if number % 2:
+                near.abort()
+                assert far.ended.get(timeout=20.0) != 0
+                far.release()
+            else:
+                near.release()
+                far.receive_all()
+                far.release()
+    ends.finish()
+    for stack in (ends.client, ends.server):
+        wait_for(lambda stack=stack: len(stack.stack.mobility.mobility) == 0, "all flows to be forgotten")
