@@ -9,6 +9,7 @@ from serval_core.access_policy import AccessPolicy, AccessRule
 from serval_core.config_file import Misconfigured
 from serval_core.config_sections import StackSection
 from serval_core.dataplane.kernel import DataPlaneSettings
+from serval_core.mobility_settings import MobilitySettings
 from serval_core.nearest import nearest
 from serval_core.sal_settings import SalSettings
 from serval_core.stack import StackSettings
@@ -16,7 +17,12 @@ from serval_core.stack import StackSettings
 _AVAILABLE_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 
-def stack_settings(stack: StackSection, connect_timeout_s: float, access: tuple[AccessRule, ...]) -> StackSettings:
+def stack_settings(
+    stack: StackSection,
+    connect_timeout_s: float,
+    access: tuple[AccessRule, ...],
+    mobility: MobilitySettings,
+) -> StackSettings:
     """What the embedded stack is told."""
     return StackSettings(
         sal=SalSettings(
@@ -40,6 +46,7 @@ def stack_settings(stack: StackSection, connect_timeout_s: float, access: tuple[
         ),
         broadcast_resolution=stack.broadcast_resolution,
         access=AccessPolicy(access),
+        mobility=mobility,
     )
 
 

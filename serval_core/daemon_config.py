@@ -24,6 +24,7 @@ from serval_core.controller.settings import (
     ResolverSection,
     RouterSection,
 )
+from serval_core.mobility_settings import MobilitySection, MobilitySettings, read_mobility
 
 
 class DaemonTimeouts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +39,7 @@ class DaemonSettings(Struct, frozen=True, kw_only=True):
     rules: tuple[ServiceRule, ...] = ()
     access: tuple[AccessRule, ...] = ()
     stack: StackSection = StackSection()
+    mobility: MobilitySettings = MobilitySettings()
     timeouts: DaemonTimeouts = DaemonTimeouts()
     log: LogSection = LogSection()
     registration: RegistrationSection = RegistrationSection()
@@ -81,6 +83,7 @@ class _File(Struct, forbid_unknown_fields=True):
     rule: list[RuleEntry] = []
     access: list[AccessEntry] = []
     stack: StackSection = StackSection()
+    mobility: MobilitySection = MobilitySection()
     timeouts: DaemonTimeouts = DaemonTimeouts()
     log: LogSection = LogSection()
     registration: RegistrationSection = RegistrationSection()
@@ -110,6 +113,7 @@ def load(path: Path) -> LoadedDaemonFile:
         rules=read_rules(file, content.rule, names),
         access=read_access(file, content.access, names),
         stack=content.stack,
+        mobility=read_mobility(file, content.mobility, names),
         timeouts=content.timeouts,
         log=content.log,
         registration=content.registration,

@@ -42,7 +42,9 @@ class Daemon:
         settings = self._settings
         refuse_unknown_names(settings.stack)
         stack = await ServalStack.start(
-            stack_settings(settings.stack, settings.timeouts.connect_s, settings.access),
+            stack_settings(
+                settings.stack, settings.timeouts.connect_s, settings.access, settings.mobility
+            ),
             inherited_sockets().get(NATIVE_SOCKET_ADDRESS.encode()),
         )
         try:
@@ -67,7 +69,10 @@ class Daemon:
         lock = StackSocketServer()
         lock.open()
         try:
-            told = stack_settings(self._settings.stack, self._settings.timeouts.connect_s, self._settings.access)
+            settings = self._settings
+            told = stack_settings(
+                settings.stack, settings.timeouts.connect_s, settings.access, settings.mobility
+            )
             data_plane = KernelDataPlane(told.dataplane)
             leftovers = data_plane.open()
             data_plane.close()

@@ -102,7 +102,9 @@ class Appliance:
             self.acceptor.bind(settings.maps)
             self._undo.append(self.acceptor.close)
             self.stack = await ServalStack.start(
-                stack_settings(settings.stack, settings.timeouts.connect_s, settings.access)
+                stack_settings(
+                    settings.stack, settings.timeouts.connect_s, settings.access, settings.mobility
+                )
             )
             try:
                 self._start_on_stack(options, target_sets)

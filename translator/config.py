@@ -15,6 +15,7 @@ from serval_core.access_policy import AccessRule
 from serval_core.config_file import Misconfigured
 from serval_core.config_sections import Backlog, LogSection, PositiveCount, Seconds, StackSection
 from serval_core.configured_rules import ServiceRule
+from serval_core.mobility_settings import MobilitySettings
 from translator.port_map import ForwardMap, ReverseMap, refuse_contradictions
 
 CONNECTION_LIMIT = 20_000
@@ -56,6 +57,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     reverses: tuple[ReverseMap, ...] = ()
     rules: tuple[ServiceRule, ...] = ()
     stack: StackSection = StackSection()
+    mobility: MobilitySettings = MobilitySettings()
     legacy: LegacySection = LegacySection()
     limits: LimitsSection = LimitsSection()
     timeouts: TimeoutsSection = TimeoutsSection()

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from serval_core.config_file import ConfigFile, Names
 from serval_core.config_sections import AccessEntry, LogSection, StackSection, read_access
 from serval_core.configured_rules import RuleEntry, read_rules
+from serval_core.mobility_settings import MobilitySection, read_mobility
 from translator.config import LegacySection, LimitsSection, Settings, TimeoutsSection
 from translator.port_map import ForwardMap, ReverseMap, forward_map, reverse_map
 
@@ -35,6 +36,7 @@ class _File(Struct, forbid_unknown_fields=True):
     reverse: list[_Reverse] = []
     rule: list[RuleEntry] = []
     stack: StackSection = StackSection()
+    mobility: MobilitySection = MobilitySection()
     legacy: LegacySection = LegacySection()
     limits: LimitsSection = LimitsSection()
     timeouts: TimeoutsSection = TimeoutsSection()
@@ -59,6 +61,7 @@ def load(path: Path) -> LoadedFile:
         reverses=tuple(_reverse(file, index, each, names) for index, each in enumerate(content.reverse)),
         rules=read_rules(file, content.rule, names),
         stack=content.stack,
+        mobility=read_mobility(file, content.mobility, names),
         legacy=content.legacy,
         limits=content.limits,
         timeouts=content.timeouts,

@@ -1,8 +1,8 @@
 """What of a configuration that was read again takes effect while the translator runs?
 
-Maps, reverse maps, rules and access rules do. What is new is made first: names looked up, ports opened, prefixes listened on,
-rules put in. Only when all of that has succeeded is given up what is no longer wanted, so a refusal leaves
-everything as it was. No connection notices: those of a map that is gone live on until they end by themselves.
+Maps, reverse maps, rules, access rules and mobility do. What is new is made first: names looked up, ports opened,
+prefixes listened on, rules put in. Only when all of that has succeeded is given up what is no longer wanted, so a
+refusal leaves everything as it was. No connection notices: those of a map that is gone live on until they end by themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from translator.targets import TargetSet, resolve_targets
 
 ReadAgain = Callable[[], Settings]
 
-_CHANGEABLE = frozenset({"maps", "reverses", "rules", "access"})
+_CHANGEABLE = frozenset({"maps", "reverses", "rules", "access", "mobility"})
 
 
 class Parts(NamedTuple):
@@ -93,6 +93,7 @@ def put_into_effect(parts: Parts, running: Settings, wanted: Wanted) -> list[Ret
         undo.pop_all()
     parts.admission.change_limit(limit)
     parts.stack.native.policy = AccessPolicy(settings.access)
+    parts.stack.mobility.settings = settings.mobility
     return [
         *(Retired("forward", gone) for gone in parts.acceptor.replace(ports)),
         *(Retired("reverse", gone) for gone in parts.reverse.replace(settings.reverses, target_sets)),
