@@ -65,7 +65,9 @@ def test_both_programs_read_the_same(tmp_path: Path, settings: MobilitySettings)
 
 def test_nothing_is_preferred_unless_it_is_said() -> None:
     settings = MobilitySettings()
-    assert not settings.ranks and not settings.measures and settings.section.automatic
+    assert not settings.ranks
+    assert not settings.measures
+    assert settings.section.automatic
     assert settings.rank(WEB, "eth0") == settings.rank(WEB, "wwan0")
 
 
@@ -77,7 +79,8 @@ def test_preferences_come_before_cost_and_after_metered_interfaces(settings: Mob
 
 
 def test_what_a_service_says_replaces_what_holds_for_all(settings: MobilitySettings) -> None:
-    assert settings.choice(VOICE) == "rtt" and settings.choice(WEB) == "cost"
+    assert settings.choice(VOICE) == "rtt"
+    assert settings.choice(WEB) == "cost"
     assert min(("eth0", "wlan0", "wlan1"), key=lambda name: settings.rank(VOICE, name)) == "wlan0"
     assert settings.preference(WEB, "wlan1") == 1
     assert settings.measures
@@ -103,5 +106,6 @@ def test_what_cannot_be_obeyed_is_refused_with_its_line(tmp_path: Path, old: str
     place, _, what = str(refusal.value).partition(": ")
     lines = text.splitlines()
     line = int(place.rpartition(":")[2])
-    assert new.split(" = ")[0] in what and sentence in what
+    assert new.split(" = ", maxsplit=1)[0] in what
+    assert sentence in what
     assert new in lines[line - 1 : line + 3]
