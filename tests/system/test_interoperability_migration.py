@@ -80,13 +80,12 @@ def test_a_prototype_server_moves(wire: Wire, lost: str) -> None:
     playing = Playing(wire.theirs, PrototypeServer(THEIR_SERVICE, behaviour, options(lose)))
     stream = wire.stack.connect(str(THEIR_SERVICE))
     mover = Mover(wire.stack)
-    sent = send_in_background(stream, SIZE_BYTES)
-    assert mover.outcome(stream.connection.flow_id, "peer")["address"] == THEIRS[1]
-    received = stream.receive_all()
-    assert mover.outcome(stream.connection.flow_id, "peer")["address"] == THEIRS[0]
-    stream.release()
-    result = playing.finished()
-    assert received == sent() == result.flows[0].received_sha256
+    result = echoed(wire, stream, playing)
+    # The second move may begin before the first is confirmed, and then counts alone.
+    addresses = [mover.outcome(stream.connection.flow_id, "peer")["address"]]
+    while addresses[-1] != THEIRS[0]:
+        addresses.append(mover.outcome(stream.connection.flow_id, "peer")["address"])
+    assert set(addresses) <= {*THEIRS}
     assert result.flows[0].counters["migrations"] == 2
     assert lose.lost == 1
 
