@@ -229,7 +229,7 @@ class OneTranslator(ServalContender):
     def start_far_end(self, server: Host, log_path: Path) -> TranslatorProcess:
         """The native sink."""
         command = [sys.executable, "-m", "bench.serval_sink", SERVICE_OF_PORT[STREAM_PORT]]
-        return TranslatorProcess(server, [], log_path, command)
+        return TranslatorProcess(server, [], log_path, command, "serval_sink")
 
 
 class TwoTranslators(ServalContender):

@@ -36,7 +36,10 @@ class TranslatorProcess:
         arguments: Sequence[Argument],
         log_path: Path,
         command: Sequence[Argument] = COMMAND,
+        name: str = "serval-translator",
     ) -> None:
+        """`name`: what messages call the program."""
+        self.name = name
         self.host = host
         self.log_path = log_path
         with log_path.open("ab") as log:
@@ -62,7 +65,7 @@ class TranslatorProcess:
             return sum("DEMUX" in json.dumps(service) for service in services) >= demux_services
 
         try:
-            wait_for(observe, f"the translator on {self.host.name} to be ready", timeout_s)
+            wait_for(observe, f"{self.name} on {self.host.name} to be ready", timeout_s)
         except NeverHappened as error:
             raise NeverHappened(f"{error}\n{self.log()}") from None
 

@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"
 
 def start_servald(host: Host, log_path: Path, *options: Argument, command: Sequence[Argument] = SERVALD) -> TranslatorProcess:
     """Start servald and wait until it serves."""
-    process = TranslatorProcess(host, options, log_path, command)
+    process = TranslatorProcess(host, options, log_path, command, "servald")
     process.wait_ready()
     return process
 

@@ -9,6 +9,7 @@ import signal
 import socket as system
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,15 +21,29 @@ from serval_core.sal_settings import SalSettings
 from tests.serval_core.native_hosts import SERVICE, NativeHosts, in_thread, program, receive_all
 from tests.serval_core.stack_thread import StackThread
 
-QUICK = SalSettings(connect_timeout_s=1.0, time_wait_s=0.2, fin_wait2_s=0.5)
+ENDED = SalSettings(time_wait_s=0.2, fin_wait2_s=0.5)
+IMPATIENT = SalSettings(connect_timeout_s=0.5)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER
 
 
 @pytest.fixture
 def hosts(lab: Lab) -> Iterator[NativeHosts]:
+    with two_hosts(lab, ENDED) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient_hosts(lab: Lab) -> Iterator[NativeHosts]:
+    """For tests in which connecting has to fail."""
+    with two_hosts(lab, IMPATIENT) as made:
+        yield made
+
+
+@contextmanager
+def two_hosts(lab: Lab, settings: SalSettings) -> Iterator[NativeHosts]:
     client, server = lab.host("client"), lab.host("server")
     lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24")
-    with StackThread(client, sal=QUICK) as near, StackThread(server, sal=QUICK) as far:
+    with StackThread(client, sal=settings) as near, StackThread(server, sal=settings) as far:
         made = NativeHosts(near, far)
         yield made
         made.close()
@@ -68,8 +83,12 @@ def test_data_both_ways_and_names(hosts: NativeHosts) -> None:
 def test_advisory_address_skips_resolution(hosts: NativeHosts) -> None:
     hosts.server()
     assert hosts.connect((SERVICE, "10.1.0.2")).getpeername().address == "10.1.0.2"
+
+
+def test_nobody_at_the_advisory_address_is_a_timeout(impatient_hosts: NativeHosts) -> None:
+    impatient_hosts.server()
     with pytest.raises(TimeoutError):
-        hosts.connect((SERVICE, "10.1.0.99"))
+        impatient_hosts.connect((SERVICE, "10.1.0.99"))
 
 
 def test_listener_is_readable_when_a_connection_waits(hosts: NativeHosts) -> None:
@@ -129,8 +148,8 @@ def test_connect_that_does_not_block(hosts: NativeHosts) -> None:
     assert far.recv(1) == b"x"
 
 
-def test_connect_that_does_not_block_and_fails(hosts: NativeHosts) -> None:
-    near = hosts.socket()
+def test_connect_that_does_not_block_and_fails(impatient_hosts: NativeHosts) -> None:
+    near = impatient_hosts.socket()
     near.setblocking(False)
     assert near.connect_ex("99") == errno.EINPROGRESS
     assert select.select([], [near], [], 10)[1] == [near]
@@ -141,9 +160,9 @@ def test_connect_whose_program_goes_away_is_cancelled(hosts: NativeHosts) -> Non
     near = hosts.socket()
     near.setblocking(False)
     assert near.connect_ex("99") == errno.EINPROGRESS
-    assert hosts.near.flows()[0]["state"] == "REQUEST"
+    wait_for(lambda: [flow["state"] for flow in hosts.near.flows()] == ["REQUEST"], "the stack connects")
     near.close()
-    wait_for(lambda: hosts.near.flows() == [], "the flow is forgotten")
+    wait_for(lambda: hosts.near.flows() == [], "the flow is forgotten", ENDED.connect_timeout_s / 2)
 
 
 def test_timeout_of_the_socket_bounds_connect_and_accept(hosts: NativeHosts) -> None:
