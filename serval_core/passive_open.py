@@ -23,7 +23,7 @@ from serval_core.rules import Rule
 from serval_core.states import Action, Event, State
 from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, PROTOCOL_UDP, RST, SYN, SalPacket
+from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket
 
 
 class PassiveOpen:
@@ -176,13 +176,17 @@ class PassiveOpen:
             return
         if control.nonce != flow.peer_nonce:
             raise TheirMistake("wrong_nonce")
-        if control.flags != ACK:
+        if control.flags not in (ACK, RSYN):
             raise TheirMistake("not_a_handshake_ack")
         if control.ackno != flow.send_next:
             raise TheirMistake("wrong_ackno")
         if control.verno != flow.receive_next:
             raise TheirMistake("wrong_verno")
         window_bytes = transport_part.read_handshake_ack(flow, ip, sal)
+        if control.flags == RSYN:
+            # The ACK was lost, and the client is already elsewhere. Following it is the next step (`migration`).
+            self._complete(flow, window_bytes, now)
+            return
         if ip.source != flow.peer_address:
             # The nonce vouches for it, and the prototype goes by the address of the ACK as well.
             path = self._path_back(ip.source, flow.interface_index, False)

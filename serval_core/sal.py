@@ -341,6 +341,8 @@ class ServiceAccessLayer:
             self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
         elif flow.state is State.RESPOND:
             self._passive_open.receive(flow, ip, sal, now)
+            if control is not None and control.flags == RSYN:
+                self._close.receive(flow, ip, sal, interface_index, now)
         else:
             self._close.receive(flow, ip, sal, interface_index, now)
 
