@@ -189,6 +189,7 @@ class Migration:
             raise TheirMistake("unexpected_rsyn_ack")
         if after(control.ackno, flow.send_next):
             raise TheirMistake("wrong_ackno")
+        moves.answered_from = source
         if moves.own is OwnMove.SETTLED:
             # Its ACK was lost: the peer goes on asking until it has it.
             self._confirm(flow, now)
@@ -350,6 +351,15 @@ class Migration:
         )
 
     def _confirm(self, flow: Flow, now: float) -> None:
+        """To where the answer came from, which need not be where we believe the peer to be: if it moves as well, it
+        has left there, and waits for this before it tells us.
+        """
+        source = _moves(flow).answered_from
+        if source not in (0, flow.peer_address):
+            path = self._core.paths.path_to(source, flow.interface_index)
+            if path is not None:
+                own = path._replace(source_address=flow.local_address)
+                self._core.send_control_on(flow, ACK, flow.send_next, own, source)
         self._core.send_control(flow, ACK, flow.send_next)
 
     def _resume_fin(self, flow: Flow, now: float) -> None:

@@ -16,6 +16,7 @@ class Moves:
     __slots__ = (
         "answer_timeout_s",
         "answer_timer",
+        "answered_from",
         "answers",
         "answers_since",
         "candidate_address",
@@ -52,6 +53,7 @@ class Moves:
         self.destination = 0
         self.first_verno = 0
         self.started_at = 0.0
+        self.answered_from = 0  # where the last RSYN-ACK came from
         self.sent_at: float | None = None  # of an RSYN that was sent once
         self.repeats = 0
         self.seeking = False  # the RSYN has also gone to where else the peer may be (`rendezvous`)
