@@ -15,6 +15,7 @@ from bench.topology import PORTS, STREAM_PORT, Topology
 from lab.chain import TranslatorProcess
 from lab.hosts import Argument, CommandFailed, Host
 from lab.traffic import PROJECT
+from serval_core.framing import Framing
 
 STOP_TIMEOUT_S = 20.0
 NGINX_STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -61,6 +62,11 @@ class Contender(ABC):
     def address(self) -> str:
         """What the client dials."""
         return self.topology.middle_address
+
+    def stream_sender(self, duration_s: float) -> list[Argument]:
+        """What the client runs to send one stream."""
+        where: list[Argument] = [self.address, STREAM_PORT, str(duration_s)]
+        return [sys.executable, "-m", "bench.stream", "send", *where]
 
     def absent(self) -> str | None:
         """Why it cannot take part here, None if it can."""
@@ -184,6 +190,7 @@ class Socat(ProcessContender):
 class ServalContender(Contender):
     """A translator on the middle host, and something that speaks Serval on the server."""
 
+    framing: ClassVar[Framing] = Framing.SAL
     far_end: TranslatorProcess
 
     def start(self) -> None:
@@ -191,7 +198,7 @@ class ServalContender(Contender):
         topology = self.topology
         self.far_end = self.start_far_end(topology.server, topology.directory / "far-end.log")
         self.far_end.wait_ready(demux_services=len(self.ports))
-        arguments: list[Argument] = []
+        arguments: list[Argument] = ["--framing", self.framing.value]
         for port in self.ports:
             arguments += ["--map", f"{port}={SERVICE_OF_PORT[port]}"]
         arguments += ["--service", f"default={topology.server_address}"]
@@ -228,8 +235,7 @@ class OneTranslator(ServalContender):
 
     def start_far_end(self, server: Host, log_path: Path) -> TranslatorProcess:
         """The native sink."""
-        command = [sys.executable, "-m", "bench.serval_sink", SERVICE_OF_PORT[STREAM_PORT]]
-        return TranslatorProcess(server, [], log_path, command, "serval_sink")
+        return native_sink(server, log_path, self.framing)
 
 
 class TwoTranslators(ServalContender):
@@ -243,10 +249,86 @@ class TwoTranslators(ServalContender):
 
     def start_far_end(self, server: Host, log_path: Path) -> TranslatorProcess:
         """The reverse translator, next to the server."""
-        arguments: list[Argument] = []
+        arguments: list[Argument] = ["--framing", self.framing.value]
         for port in self.ports:
             arguments += ["--reverse", f"{SERVICE_OF_PORT[port]}=127.0.0.1:{port}"]
         return TranslatorProcess(server, arguments, log_path)
 
 
-CONTENDERS: tuple[type[Contender], ...] = (Direct, HAProxy, NginxStream, Socat, OneTranslator, TwoTranslators)
+class OneHop(Contender):
+    """No translator: native programs on client and server, each with a stack of its own; the middle host routes."""
+
+    name = "one hop"
+    framing: ClassVar[Framing] = Framing.SAL
+    ports = (STREAM_PORT,)
+
+    def stream_sender(self, duration_s: float) -> list[Argument]:
+        """The native source."""
+        source: list[Argument] = [sys.executable, "-m", "bench.serval_source", SERVICE_OF_PORT[STREAM_PORT]]
+        return [*source, self.topology.server_address, str(duration_s), "--framing", self.framing.value]
+
+    def start(self) -> None:
+        """Start the sink; the source comes with the measurement."""
+        self._sink = native_sink(self.topology.server, self.topology.directory / "sink.log", self.framing)
+        self._sink.wait_ready(demux_services=1)
+
+    def stop(self) -> None:
+        """End the sink."""
+        self._sink.stop(signal.SIGINT)
+
+
+class OneHopNative(OneHop):
+    """The same in framing native."""
+
+    name = "one hop, native"
+    framing = Framing.NATIVE
+
+
+class OneHopUdp(OneHop):
+    """The same in framing udp."""
+
+    name = "one hop, udp"
+    framing = Framing.UDP
+
+
+class OneTranslatorNative(OneTranslator):
+    """The same in framing native."""
+
+    name = "one translator, native sink, native"
+    framing = Framing.NATIVE
+
+
+class TwoTranslatorsNative(TwoTranslators):
+    """The same in framing native."""
+
+    name = "two translators, native"
+    framing = Framing.NATIVE
+
+
+class TwoTranslatorsUdp(TwoTranslators):
+    """The same in framing udp."""
+
+    name = "two translators, udp"
+    framing = Framing.UDP
+
+
+def native_sink(server: Host, log_path: Path, framing: Framing) -> TranslatorProcess:
+    """A native program on the server that receives streams."""
+    command = [sys.executable, "-m", "bench.serval_sink", SERVICE_OF_PORT[STREAM_PORT], "--framing", framing]
+    return TranslatorProcess(server, [], log_path, command, "serval_sink")
+
+
+CONTENDERS: tuple[type[Contender], ...] = (
+    Direct,
+    HAProxy,
+    NginxStream,
+    Socat,
+    OneHop,
+    OneHopUdp,
+    OneHopNative,
+    OneTranslator,
+    OneTranslatorNative,
+    TwoTranslators,
+    TwoTranslatorsUdp,
+    TwoTranslatorsNative,
+)

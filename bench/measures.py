@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bench.contenders import Contender
 from bench.machine import CpuTime, pss_bytes, slab_bytes
-from bench.topology import ECHO_PORT, STREAM_PORT, WEB_PORT
+from bench.topology import ECHO_PORT, WEB_PORT
 from lab.hosts import Argument
 from lab.traffic import PROJECT
 
@@ -74,8 +74,7 @@ def idle_busy_share(duration_s: float) -> float:
 
 def throughput(contender: Contender, duration_s: float, idle_share: float) -> Throughput:
     """Send one stream for `duration_s`."""
-    where: list[Argument] = [contender.address, STREAM_PORT, str(duration_s)]
-    command = [sys.executable, "-m", "bench.stream", "send", *where]
+    command = contender.stream_sender(duration_s)
     seen = json.loads(contender.topology.client.run(command, cwd=PROJECT, timeout_s=60).stdout)
     cpu_s = seen["busy_s"] - idle_share * seen["elapsed_s"]
     return Throughput(8 * seen["bytes"] / seen["seconds"], seen["bytes"], cpu_s, seen["stolen_s"])

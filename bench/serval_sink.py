@@ -1,6 +1,6 @@
 """What does a native Serval program look like that only receives? The sink of `bench.stream` on a serviceID.
 
-Run as `python -m bench.serval_sink ID`. It embeds a stack of its own, as any native program may.
+Run as `python -m bench.serval_sink ID [--framing NAME]`. It embeds a stack of its own, as any native program may.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import threading
 
 from bench.stream import drain
 from serval_core.connection import Connection
+from serval_core.framing import Framing
 from serval_core.names import parse_service
+from serval_core.sal_settings import SalSettings
 from serval_core.stack import ServalStack, StackSettings
 
 RECEIVE_TIMEOUT_S = 60.0
@@ -33,12 +35,12 @@ def receive(connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(connection.release)
 
 
-async def serve(service: str) -> None:
+async def serve(service: str, framing: Framing) -> None:
     """Listen until SIGTERM or SIGINT."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    stack = await ServalStack.start(StackSettings())
+    stack = await ServalStack.start(StackSettings(sal=SalSettings(framing=framing)))
     try:
         stack.listen(
             parse_service(service),
@@ -53,7 +55,9 @@ def main() -> None:
     """Parse the serviceID and serve it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("service")
-    asyncio.run(serve(parser.parse_args().service))
+    parser.add_argument("--framing", type=Framing, default=Framing.AUTO)
+    arguments = parser.parse_args()
+    asyncio.run(serve(arguments.service, arguments.framing))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from bench.machine import CpuTime
 
@@ -41,11 +42,11 @@ def sink(port: int) -> None:
             threading.Thread(target=drain, args=(connection,), daemon=True).start()
 
 
-def send(address: str, port: int, duration_s: float) -> dict[str, float]:
+def send(connect: Callable[[], socket.socket], duration_s: float) -> dict[str, float]:
     """Send for `duration_s`; returns what the sink saw, and "elapsed_s", "busy_s", "stolen_s" (`CpuTime`)."""
     chunk = memoryview(bytes(CHUNK_BYTES))
     cpu_before, started = CpuTime.now(), time.perf_counter()
-    with socket.create_connection((address, port), timeout=10) as connection:
+    with connect() as connection:
         connection.settimeout(30)
         end = time.perf_counter() + duration_s
         while time.perf_counter() < end:
@@ -69,7 +70,8 @@ def main() -> None:
     if arguments.role == "sink":
         sink(arguments.port)
     else:
-        print(json.dumps(send(arguments.address, arguments.port, arguments.seconds)))
+        where = arguments.address, arguments.port
+        print(json.dumps(send(lambda: socket.create_connection(where, timeout=10), arguments.seconds)))
 
 
 if __name__ == "__main__":

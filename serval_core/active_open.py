@@ -62,6 +62,8 @@ class ActiveOpen:
         if choice in HOPELESS:
             core.effects.append(ConnectFailed(flow_id, *HOPELESS[choice]))
             return flow_id
+        flow.framing = core.framings.of_service(service_id)
+        core.offer_native(flow)
         core.flows.add(flow)
         core.restart_lifetime(flow, now + core.settings.connect_timeout_s, self._give_up)
         core.step(flow, Event.CONNECT, now)

@@ -252,6 +252,10 @@ class Close:
                 flow.interface_index,
                 transport_parameters(flow, core.settings, now),
                 flow.options.capabilities is not None,
+                core.framings.native_path(
+                    flow.native_port, flow.options.native_port, flow.peer_address, now
+                ),
+                flow.outer_ports,
             )
         )
 

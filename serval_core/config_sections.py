@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from serval_core.access_policy import AccessPolicy, AccessRule, Principals
 from serval_core.config_file import ConfigFile, Misconfigured, Names, service_prefix
@@ -23,6 +24,10 @@ VirtualAddress = Annotated[str, Meta(pattern=rf"^{_BYTE}(\.{_BYTE}){{3}}$", desc
 VirtualNetwork = Annotated[str, Meta(pattern=rf"^{_BYTE}\.{_BYTE}\.0\.0$", description="the first address of a /16")]
 
 
+FramingName = Literal["auto", "sal", "udp", "native"]
+Ports = Annotated[str, Meta(pattern=r"^\d{1,5}-\d{1,5}$", description="two port numbers with a dash between them")]
+
+
 class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
     """The embedded stack. `interfaces` None: all that are up."""
 
@@ -32,6 +37,9 @@ class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
     virtual_address: VirtualAddress = "100.127.255.1"  # outside it
     peer_timeout_s: Annotated[int, Meta(ge=0, le=86_400)] = 120  # a silent host; 0: never
     forward_in_kernel: bool = True  # a service router's fast path; false: every packet passes the firewall's input
+    framing: FramingName = "auto"
+    service_framing: dict[str, FramingName] = {}  # by serviceID, prefix or name; the longest prefix decides
+    native_ports: Ports = "61000-65535"  # TCP ports that framing `native` may take
     broadcast_resolution: bool = True
     syn_initial_timeout_s: Seconds = 0.2
     syn_timeout_max_s: Seconds = 3.0
@@ -56,6 +64,27 @@ class AccessEntry(Struct, forbid_unknown_fields=True):
     service: str | int
     bind: list[str | int] | None = None
     connect: list[str | int] | None = None
+
+
+def port_range(text: str) -> tuple[int, int]:
+    """The first and the last port of a key like `native_ports`. OurMistake if there are no such ports."""
+    first, last = (int(port) for port in text.split("-"))
+    if not 1024 <= first <= last <= 65535:
+        raise OurMistake(f"{text} is no range of ports between 1024 and 65535")
+    return first, last
+
+
+def read_stack(file: ConfigFile, stack: StackSection, names: Names) -> StackSection:
+    """The section with names replaced by what they stand for. Raises Misconfigured."""
+    try:
+        port_range(stack.native_ports)
+    except OurMistake as mistake:
+        raise Misconfigured(file.place("stack", "native_ports"), str(mistake)) from None
+    framings = {
+        str(service_prefix(text, names, file.place("stack", "service_framing", text))): framing
+        for text, framing in stack.service_framing.items()
+    }
+    return replace(stack, service_framing=framings)
 
 
 def read_access(file: ConfigFile, entries: Sequence[AccessEntry], names: Names) -> tuple[AccessRule, ...]:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from serval_core.access_policy import AccessPolicy, AccessRule
 from serval_core.config_file import Misconfigured
-from serval_core.config_sections import StackSection
+from serval_core.config_sections import StackSection, port_range
 from serval_core.dataplane.kernel import DataPlaneSettings
+from serval_core.dataplane.native_ports import PortRange
+from serval_core.framing import Framing, ServiceFraming
 from serval_core.mobility_settings import MobilitySettings
+from serval_core.names import parse_service
 from serval_core.nearest import nearest
 from serval_core.sal_settings import SalSettings
 from serval_core.stack import StackSettings
@@ -35,6 +38,11 @@ def stack_settings(
             delay_limit=stack.delay_limit,
             delay_timeout_s=stack.delay_timeout_s,
             backlog=stack.backlog,
+            framing=Framing(stack.framing),
+            service_framings=tuple(
+                ServiceFraming(parse_service(text), Framing(framing))
+                for text, framing in stack.service_framing.items()
+            ),
         ),
         dataplane=DataPlaneSettings(
             interfaces=stack.interfaces,
@@ -43,6 +51,7 @@ def stack_settings(
             virtual_address=stack.virtual_address,
             peer_timeout_s=stack.peer_timeout_s,
             forward_in_kernel=stack.forward_in_kernel,
+            native_ports=PortRange(*port_range(stack.native_ports)),
         ),
         broadcast_resolution=stack.broadcast_resolution,
         access=AccessPolicy(access),

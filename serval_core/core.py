@@ -14,6 +14,7 @@ from serval_core.delay_queue import DelayQueue
 from serval_core.effects import Effect, FlowEnded, Happened, SendPacket
 from serval_core.flow import Flow
 from serval_core.flow_table import FlowTable
+from serval_core.framing import Framing, Framings, NativePorts
 from serval_core.liveness import Liveness
 from serval_core.names import ServiceID
 from serval_core.path_quality import PathQuality
@@ -24,7 +25,7 @@ from serval_core.service_table import ServiceTable
 from serval_core.states import CONNECTION, Action, Event, ImpossibleEvent, State
 from serval_core.timers import NO_TIMER, Timers
 from serval_core.wire import ipv4
-from serval_core.wire.sal import PROTOCOL_SAL, emit_control
+from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, emit_control
 
 Handler = Callable[[Flow, float], None]
 
@@ -51,8 +52,10 @@ class Core:
         "delayed",
         "effects",
         "flows",
+        "framings",
         "last_listener_id",
         "liveness",
+        "native_ports",
         "path_quality",
         "paths",
         "paths_of",
@@ -64,9 +67,16 @@ class Core:
     )
 
     def __init__(
-        self, settings: SalSettings, table: ServiceTable, paths: PathFinder, random: RandomSource
+        self,
+        settings: SalSettings,
+        table: ServiceTable,
+        paths: PathFinder,
+        random: RandomSource,
+        native_ports: NativePorts,
     ) -> None:
         self.settings = settings
+        self.framings = Framings(settings.framing, settings.service_framings)
+        self.native_ports = native_ports
         self.table = table
         self.paths = paths
         self.paths_of: Callable[[ServiceID], PathFinder] = lambda _: paths  # of flows that this host opens
@@ -204,8 +214,16 @@ class Core:
             flow.waits_in_backlog = False
             flow.listener.waiting -= 1
 
+    def offer_native(self, flow: Flow) -> None:
+        """Have a port for framing `native` ready, if it is wanted and there is one."""
+        if flow.framing in (Framing.AUTO, Framing.NATIVE) and flow.protocol == PROTOCOL_TCP:
+            flow.native_port = self.native_ports.take()
+
     def forget(self, flow: Flow, now: float) -> None:
         """Take the flow out of every table without a word."""
+        if flow.native_port:
+            self.native_ports.release(flow.native_port)
+            flow.native_port = 0
         self.stop_timers(flow, now)
         self.leave_backlog(flow)
         if flow.moves is not None:

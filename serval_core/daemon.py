@@ -38,6 +38,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @section_option(
     "stack",
+    "framing",
+    "--framing",
+    type=click.Choice(["auto", "sal", "udp", "native"]),
+    help="How data travels: behind a SAL header, in UDP, or as plain TCP between stacks of ours. [default: auto]",
+)
+@section_option(
+    "stack",
     "broadcast_resolution",
     "--broadcast/--no-broadcast",
     default=None,

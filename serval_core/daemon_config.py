@@ -15,7 +15,14 @@ from msgspec import Struct
 
 from serval_core.access_policy import AccessRule
 from serval_core.config_file import ConfigFile, Names
-from serval_core.config_sections import AccessEntry, LogSection, Seconds, StackSection, read_access
+from serval_core.config_sections import (
+    AccessEntry,
+    LogSection,
+    Seconds,
+    StackSection,
+    read_access,
+    read_stack,
+)
 from serval_core.configured_rules import RuleEntry, ServiceRule, read_rules, refuse_repeated_rules
 from serval_core.controller.plan import ControllerPlan, dotted, plan
 from serval_core.controller.settings import (
@@ -112,7 +119,7 @@ def load(path: Path) -> LoadedDaemonFile:
     settings = DaemonSettings(
         rules=read_rules(file, content.rule, names),
         access=read_access(file, content.access, names),
-        stack=content.stack,
+        stack=read_stack(file, content.stack, names),
         mobility=read_mobility(file, content.mobility, names),
         timeouts=content.timeouts,
         log=content.log,

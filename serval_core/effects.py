@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from serval_core.framing import NativePath
 from serval_core.names import FlowID, ServiceID
+from serval_core.wire.encapsulation import OuterPorts
 
 
 class TransportParameters(NamedTuple):
@@ -74,6 +76,8 @@ class OpenTransport:
     interface_index: int
     parameters: TransportParameters
     peer_is_ours: bool
+    native: NativePath | None = None
+    outer_ports: OuterPorts | None = None  # of the UDP encapsulation, if it is used
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from serval_core.delay_queue import Parked
+from serval_core.framing import Framing
 from serval_core.moves import Moves
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
 from serval_core.ways import Way
+from serval_core.wire.encapsulation import OuterPorts
 from serval_core.wire.sal import PROTOCOL_TCP
 from serval_core.wire.tcp_segment import NO_OPTIONS
 
@@ -107,6 +109,7 @@ class Flow:
         "fin_verno",
         "first_sent_at",
         "flow_id",
+        "framing",
         "initial_sequence",
         "initial_verno",
         "interface_index",
@@ -117,9 +120,11 @@ class Flow:
         "local_nonce",
         "moves",
         "mtu_bytes",
+        "native_port",
         "offered_mss_bytes",
         "opened_at",
         "options",
+        "outer_ports",
         "peer_address",
         "peer_flow_id",
         "peer_initial_sequence",
@@ -179,6 +184,12 @@ class Flow:
         self.peer_window_bytes = 0
         self.offered_mss_bytes = 0
         self.options = NO_OPTIONS
+
+        # How packets travel: what is wanted, our port for framing `native` (0: none), and the ports of the UDP
+        # encapsulation that control packets go with at present.
+        self.framing = Framing.SAL
+        self.native_port = 0
+        self.outer_ports: OuterPorts | None = None
 
         # The control packet that waits for its acknowledgement, and how long things may take.
         self.first_sent_at = now

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from serval_core.effects import TransportParameters
 from serval_core.flow import Flow
+from serval_core.framing import Framing
 from serval_core.sal_settings import SalSettings
 from serval_core.wire.tcp_segment import ACK, NO_OPTIONS, SYN, TcpOptions, TcpSegment
 
 SAL_OVERHEAD_BYTES = 20 + 12  # IPv4 and SAL base header of a data packet
+OUTER_UDP_BYTES = 8  # of a data packet in framing `udp`, in addition
 TCP_HEADER_BYTES = 20
 MSS_MIN_BYTES = 88  # what the kernel takes (TCP_MIN_MSS); no honest peer offers less
 MSS_WITHOUT_OPTION_BYTES = 536 - 12  # RFC 9293 3.7.1, less the SAL header, as the prototype has it
@@ -27,9 +29,13 @@ _SERIAL_MASK = 0xFFFFFFFF
 _NO_SCALING = -1
 
 
-def mss_for_path(mtu_bytes: int) -> int:
-    """The largest TCP payload of a data packet on a path, never below the minimum that TCP works with."""
-    return max(mtu_bytes - SAL_OVERHEAD_BYTES - TCP_HEADER_BYTES, MSS_MIN_BYTES)
+def mss_for_path(mtu_bytes: int, may_be_encapsulated: bool = False) -> int:
+    """The largest TCP payload of a data packet on a path, never below the minimum that TCP works with.
+
+    It is the same for all framings that a flow may change to, the most expensive of which is `udp`.
+    """
+    outer_bytes = OUTER_UDP_BYTES if may_be_encapsulated else 0
+    return max(mtu_bytes - outer_bytes - SAL_OVERHEAD_BYTES - TCP_HEADER_BYTES, MSS_MIN_BYTES)
 
 
 def mss_to_offer(mtu_bytes: int, cap_bytes: int) -> int:
@@ -44,8 +50,18 @@ def mss_to_offer(mtu_bytes: int, cap_bytes: int) -> int:
 def mss_to_send(flow: Flow) -> int:
     """The largest payload that we send: what the path carries and the peer takes."""
     peer_mss_bytes = MSS_WITHOUT_OPTION_BYTES if flow.options.mss is None else flow.options.mss
-    wanted_bytes = min(flow.offered_mss_bytes, peer_mss_bytes, mss_for_path(flow.mtu_bytes))
+    path_bytes = mss_for_path(flow.mtu_bytes, _may_be_encapsulated(flow))
+    wanted_bytes = min(flow.offered_mss_bytes, peer_mss_bytes, path_bytes)
     return max(wanted_bytes, MSS_MIN_BYTES)
+
+
+def _may_be_encapsulated(flow: Flow) -> bool:
+    """A prototype stays with what the handshake used. A flow between our own stacks may come to a path that
+    passes nothing but UDP.
+    """
+    if flow.outer_ports is not None:
+        return True
+    return flow.framing in (Framing.AUTO, Framing.UDP) and flow.options.capabilities is not None
 
 
 def timestamp_value(flow: Flow, now: float) -> int:
@@ -63,6 +79,7 @@ def syn_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment:
         settings.sack,
         (timestamp_value(flow, now), 0) if settings.timestamps else None,
         CAPABILITIES,
+        flow.native_port,
     )
     window = min(settings.receive_window_bytes, _WINDOW_MAX)
     return TcpSegment(0, 0, flow.initial_sequence, 0, SYN, window, 0, options, b"")
@@ -77,6 +94,7 @@ def syn_ack_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment
         settings.sack and offered.sack_permitted,
         _answering_timestamp(flow, settings, now),
         None if offered.capabilities is None else CAPABILITIES,
+        flow.native_port,
     )
     window = min(settings.receive_window_bytes, _WINDOW_MAX)
     acknowledgement = flow.peer_initial_sequence + 1 & _SERIAL_MASK

@@ -144,6 +144,9 @@ class PassiveOpen:
         if sal.source_addresses:
             flow.source_addresses = (*sal.source_addresses, local_address)
         flow.timeout_s = core.round_trips.timeout_s(peer_address, core.settings.synack_timeout_s)
+        flow.framing = core.framings.of_service(flow.service_id)
+        if segment.options.native_port and core.flows.half_open < core.settings.native_half_open_limit:
+            core.offer_native(flow)
         core.flows.add(flow)
         core.flows.half_open += 1
         core.restart_lifetime(flow, now + core.settings.request_expiry_s, self._expire)

@@ -22,6 +22,7 @@ from serval_core.effects import Effect, SendPacket
 from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, SynKey
 from serval_core.forwarding import Forwarding
+from serval_core.framing import NativePorts, NoNativePorts
 from serval_core.migration import MOVABLE, Migration
 from serval_core.migration_states import OwnMove
 from serval_core.moves import LiveFlow
@@ -50,10 +51,18 @@ class ServiceAccessLayer:
     """
 
     def __init__(
-        self, settings: SalSettings, table: ServiceTable, paths: PathFinder, random: RandomSource
+        self,
+        settings: SalSettings,
+        table: ServiceTable,
+        paths: PathFinder,
+        random: RandomSource,
+        native_ports: NativePorts | None = None,
     ) -> None:
-        """`random` must be unpredictable (`random.SystemRandom`) wherever there may be attackers."""
-        self._core = Core(settings, table, paths, random)
+        """`random` must be unpredictable (`random.SystemRandom`) wherever there may be attackers.
+
+        `native_ports` None: framing `native` is not offered to anybody.
+        """
+        self._core = Core(settings, table, paths, random, NoNativePorts() if native_ports is None else native_ports)
         self._active_open = ActiveOpen(self._core)
         self._connected_datagrams = ConnectedDatagrams(self._core)
         self._passive_open = PassiveOpen(self._core, self._connected_datagrams)
@@ -226,6 +235,19 @@ class ServiceAccessLayer:
     def transport_failed(self, flow_id: FlowID, errno: int, now: float) -> None:
         """Data plane: the transport could not be opened, or its socket gave up. The peer gets an RST."""
         self._abort(flow_id, errno, now)
+
+    def native_doubted(self, flow_id: FlowID, now: float) -> None:
+        """Data plane: native data of the flow was repeated, and none has got through. Its repetitions go as `sal`."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._core.framings.native_doubted(flow.peer_address, now)
+            self._core.counters["framing_native_doubted"] += 1
+
+    def native_proved(self, flow_id: FlowID) -> None:
+        """Data plane: native data of the flow has got through, after all or for the first time since a doubt."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._core.framings.native_proved(flow.peer_address)
 
     def packet_received(self, packet: bytes, interface_index: int, broadcast: bool, now: float) -> None:
         """Process an IPv4 packet of protocol 144 that came to this host or, if `broadcast`, to all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from serval_core.errors import OurMistake
+from serval_core.framing import Framing, ServiceFraming
 from serval_core.wire.tcp_segment import MAX_WINDOW_SCALE
 
 
@@ -53,6 +54,10 @@ class SalSettings:
     time_wait_s: float = 60.0
     time_wait_limit: int = 65536  # the oldest goes first
 
+    framing: Framing = Framing.AUTO
+    native_half_open_limit: int = 128  # with so many half-open flows no more ports are spent on framing `native`
+    service_framings: tuple[ServiceFraming, ...] = ()  # exceptions
+
     forwarding: bool = False  # act as a service router (SPEC 6.5)
 
     window_scale: int = 10
@@ -64,7 +69,7 @@ class SalSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < 0 or (field.name.endswith("_s") and value == 0):
+            if isinstance(value, int | float) and (value < 0 or (field.name.endswith("_s") and value == 0)):
                 raise OurMistake(f"{field.name} cannot be {value}")
         if self.window_scale > MAX_WINDOW_SCALE:
             raise OurMistake(f"window_scale is at most {MAX_WINDOW_SCALE}, not {self.window_scale}")

@@ -153,7 +153,11 @@ class ServalStack:
         if leftovers:
             log.warning("removed what an earlier process had left behind", found=leftovers)
         stack._sal = ServiceAccessLayer(
-            stack.settings.sal, stack.table, stack._dataplane.paths, random.SystemRandom()
+            stack.settings.sal,
+            stack.table,
+            stack._dataplane.paths,
+            random.SystemRandom(),
+            stack._dataplane.native_ports,
         )
         stack.services = StackServices(
             stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
@@ -306,6 +310,7 @@ class ServalStack:
         for flow in listed:
             flow_id = FlowID(int(str(flow["flow_id"])))
             flow |= {**self._dataplane.flow_counters(flow_id)._asdict(), **flow}  # of UDP flows the SAL counts
+            flow["framing"] = self._dataplane.framing(flow_id).value
             if holder := self.unattended.holder(flow_id):
                 flow.update(pid=holder.pid, uid=holder.uid)
         return listed
@@ -342,6 +347,7 @@ class ServalStack:
                 for code, count in self._send_errors.items()
             },
             "injected_wrong_checksum": self._wrong_injected,
+            "framing_native_ports": len(self._dataplane.native_ports),
             "flow_map_entries": self._dataplane.entries(),
             **{f"native_{name}": count for name, count in self.native.counters.items()},
             "open_transports": len(self._connections),
@@ -420,8 +426,12 @@ class ServalStack:
         for flow_id, event in self._dataplane.take_events():
             if event is FlowEvent.FIN_ACKNOWLEDGED:
                 self._sal.fin_acknowledged(flow_id, now)
-            else:
+            elif event is FlowEvent.RESET_SENT:
                 self._sal.transport_reset(flow_id, now)
+            elif event is FlowEvent.NATIVE_DOUBTED:
+                self._sal.native_doubted(flow_id, now)
+            else:
+                self._sal.native_proved(flow_id)
 
     def _host_changed(self) -> None:
         self._dataplane.monitor.drain()

@@ -86,6 +86,13 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
 )
 @section_option(
     "stack",
+    "framing",
+    "--framing",
+    type=click.Choice(["auto", "sal", "udp", "native"]),
+    help="How data travels: behind a SAL header, in UDP, or as plain TCP between stacks of ours. [default: auto]",
+)
+@section_option(
+    "stack",
     "broadcast_resolution",
     "--broadcast/--no-broadcast",
     default=None,

@@ -13,7 +13,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from serval_core.config_file import ConfigFile, Names
-from serval_core.config_sections import AccessEntry, LogSection, StackSection, read_access
+from serval_core.config_sections import AccessEntry, LogSection, StackSection, read_access, read_stack
 from serval_core.configured_rules import RuleEntry, read_rules
 from serval_core.mobility_settings import MobilitySection, read_mobility
 from translator.config import LegacySection, LimitsSection, Settings, TimeoutsSection
@@ -60,7 +60,7 @@ def load(path: Path) -> LoadedFile:
         maps=tuple(_map(file, index, each, names) for index, each in enumerate(content.map)),
         reverses=tuple(_reverse(file, index, each, names) for index, each in enumerate(content.reverse)),
         rules=read_rules(file, content.rule, names),
-        stack=content.stack,
+        stack=read_stack(file, content.stack, names),
         mobility=read_mobility(file, content.mobility, names),
         legacy=content.legacy,
         limits=content.limits,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from serval_core.dataplane import after_move, bpf_loader, tcp_repair
 from serval_core.dataplane.addresses import KernelPaths
 from serval_core.dataplane.devices import (
+    ANCHOR,
     ANCHOR_MAC,
     ANCHOR_OUTER,
     CHECKSUM,
@@ -31,12 +32,14 @@ from serval_core.dataplane.devices import (
 )
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.icmp_errors import IcmpErrors
+from serval_core.dataplane.native_ports import DEFAULT_PORTS, PortRange, ReservedPorts
 from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
 from serval_core.effects import MovePath, OpenTransport
 from serval_core.errors import KernelRefused
+from serval_core.framing import Framing
 from serval_core.handshake import mss_for_path
 from serval_core.names import FlowID, parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
@@ -52,18 +55,23 @@ DROP_REASONS = (
     "lost_event",
     "out_late_reset",
     "in_unknown_flow",
+    "in_native_unknown",
+    "in_native_reset",
 )
 MAX_FLOWS = 65536
 FLOW_EXPECTED = 1
 FLOW_COMPLETE_CHECKSUM = 2
 FLOW_NEIGHBOUR_KNOWN = 4
+FLOW_NATIVE = 8
+FLOW_TELL_PROOF = 16
 
-CONFIGURATION = struct.Struct("!IIHxx4s4s4s")
-FLOW = struct.Struct("!III4s4s4s12s12s6s6s")
+CONFIGURATION = struct.Struct("!IIHxx4s4s4s4s")
+FLOW = struct.Struct("!III4s4s4s12s12s6s6sHHHHI")
 FLOW_ADDRESSES = struct.Struct("!III4s")  # what a flow's entry begins with: local, peer, next hop, interface
 FLOW_FLAGS = slice(20, 24)
 FLOW_MACS = slice(48, 60)
-FLOW_STATE = struct.Struct("=QQIBB42xQQB47x")
+FLOW_PATH_NUMBER = slice(68, 72)
+FLOW_STATE = struct.Struct("=QQIBBBBIIII24xQQBBBB44x")
 EVENT = struct.Struct("!I4s")
 FLOW_KEY = struct.Struct("!I")
 SOCKET_STATE = struct.Struct("=IIIII")
@@ -73,8 +81,8 @@ TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
 OLD_SEQUENCE_BYTES = 1 << 30  # before any window that a socket can have: such a segment is answered by an ACK
 UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
-NO_STATE = bytes(FLOW_STATE.size)
-NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6)
+NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0
+NATIVE_DOUBTS = NATIVE_FOLLOW = 2  # as in bpf/native.h
 
 
 class FlowEvent(IntEnum):
@@ -82,6 +90,8 @@ class FlowEvent(IntEnum):
 
     FIN_ACKNOWLEDGED = 1
     RESET_SENT = 2
+    NATIVE_DOUBTED = 3
+    NATIVE_PROVED = 4
 
 
 class FlowCounters(NamedTuple):
@@ -114,7 +124,8 @@ class SocketState(NamedTuple):
 class DataPlaneSettings:
     """`interfaces`: names to use, None for all that are up. `virtual_network`: a /16 of its own for the kernel's sockets, and the
     address of our side in `virtual_address`; neither ever appears on a wire. A flow whose peer's host is silent for
-    `peer_timeout_s` ends with ETIMEDOUT (0: never). A service router forwards in the kernel unless `forward_in_kernel` is false."""
+    `peer_timeout_s` ends with ETIMEDOUT (0: never). A service router forwards in the kernel unless `forward_in_kernel` is false.
+    `native_ports`: those that framing `native` may use."""
 
     interfaces: Sequence[str] | None = None
     congestion_control: str = "cubic"
@@ -123,6 +134,12 @@ class DataPlaneSettings:
     virtual_port: int = 54324
     peer_timeout_s: int = 120
     forward_in_kernel: bool = True
+    native_ports: PortRange = DEFAULT_PORTS
+
+
+def fresh_state(send_next: int) -> bytes:
+    """What the programs have noted about a flow that has sent nothing since its handshake."""
+    return FLOW_STATE.pack(0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class KernelDataPlane:
@@ -137,6 +154,7 @@ class KernelDataPlane:
         # First in, first out: a program that still runs with an old entry must not write into a new flow's state.
         self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
+        self._native_port_of: dict[int, int] = {}
         self._features_of: dict[int, FlowFeatures] = {}
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
@@ -200,12 +218,14 @@ class KernelDataPlane:
             indexes[ANCHOR_OUTER].to_bytes(4, "little"),
             indexes[SEGMENTER].to_bytes(4, "little"),
             indexes[CHECKSUM].to_bytes(4, "little"),
+            indexes[ANCHOR].to_bytes(4, "little"),
         )
         self._object = bpf_loader.BpfObject(str(OBJECT_FILE), configuration)
         self._flows = self._object.map("flows")
         self._states = self._object.map("flow_states")
         self._drops = self._object.per_cpu_map("drop_counters")
         self._events = self._object.ring_buffer("flow_events")
+        self.native_ports = ReservedPorts(self._settings.native_ports, self._object.map("native_ports"))
         programs = self._object.program_fd("serval_out"), self._object.program_fd("serval_insert")
         self.devices.attach_own(indexes, *programs)
 
@@ -214,6 +234,7 @@ class KernelDataPlane:
         self.neighbours.close()
         self._inject.close()
         self._raw.close()
+        self.native_ports.close()
         self.icmp_errors.close()
         self.paths.close()
         self.devices.remove()
@@ -317,6 +338,9 @@ class KernelDataPlane:
         macs = self._macs(neighbour, path.interface_index)
         if macs:
             flags |= FLOW_NEIGHBOUR_KNOWN
+        native = flow.native
+        if native is not None:
+            flags |= (FLOW_NATIVE if native.sending else 0) | (FLOW_TELL_PROOF if native.tell_proof else 0)
         value = FLOW.pack(
             flow.local_address,
             flow.peer_address,
@@ -327,9 +351,12 @@ class KernelDataPlane:
             sal.data_header(flow_id, flow.peer_flow_id, sal.PROTOCOL_TCP),
             sal.data_header(flow.peer_flow_id, flow_id, sal.PROTOCOL_TCP),
             *(macs or (bytes(6), bytes(6))),
+            *((native.local_port, native.peer_port) if native else (0, 0)),
+            *(flow.outer_ports or (0, 0)),
+            0,
         )
         try:
-            self._states.update(slot.to_bytes(4, "little"), NO_STATE)
+            self._states.update(slot.to_bytes(4, "little"), fresh_state(parameters.send_next))
             self._flows.update(FLOW_KEY.pack(flow_id), value)
         except KernelRefused:
             self._slots.append(slot)
@@ -337,6 +364,9 @@ class KernelDataPlane:
             tcp_repair.take_down(fd)
             raise
         self._slot_of[flow_id] = slot
+        if native is not None:
+            self._native_port_of[flow_id] = native.local_port
+            self.native_ports.give(native.local_port, flow_id)
         self._features_of[flow_id] = FlowFeatures(flow.peer_is_ours, parameters.timestamp is not None)
         self._received_from[fd] = parameters.receive_next
         return fd
@@ -364,6 +394,7 @@ class KernelDataPlane:
             flags |= FLOW_COMPLETE_CHECKSUM
         entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
         entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
+        entry[FLOW_PATH_NUMBER] = (int.from_bytes(entry[FLOW_PATH_NUMBER], "big") + 1).to_bytes(4, "big")
         self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
         seen = self.look(flow_id)
         if seen is not None and seen.receive_next:
@@ -420,6 +451,9 @@ class KernelDataPlane:
         counters = self.flow_counters(flow_id)
         self._flows.delete(FLOW_KEY.pack(flow_id))
         self.neighbours.release(flow_id)
+        native_port = self._native_port_of.pop(flow_id, 0)
+        if native_port:
+            self.native_ports.take_back(native_port, flow_id)
         slot = self._slot_of.pop(flow_id, None)
         self._features_of.pop(flow_id, None)
         if slot is not None:
@@ -510,8 +544,22 @@ class KernelDataPlane:
         value = None if slot is None else self._states.get(slot.to_bytes(4, "little"))
         if value is None:
             return FlowCounters(0, 0, 0, 0)
-        packets_out, bytes_out, _, _, _, packets_in, bytes_in, _ = FLOW_STATE.unpack(value)
-        return FlowCounters(packets_out, bytes_out, packets_in, bytes_in)
+        fields = FLOW_STATE.unpack(value)
+        return FlowCounters(*fields[:2], *fields[11:13])
+
+    def framing(self, flow_id: FlowID) -> Framing:
+        """How the next segment of the flow is going to be sent, as far as that is known before it is there."""
+        slot = self._slot_of.get(flow_id)
+        entry = self._flows.get(FLOW_KEY.pack(flow_id))
+        value = None if slot is None else self._states.get(slot.to_bytes(4, "little"))
+        if entry is None or value is None:
+            return Framing.SAL
+        fields = FLOW.unpack(entry)
+        doubts, packets_in, proved, peer_in_sal = (FLOW_STATE.unpack(value)[index] for index in (5, 11, 15, 16))
+        native = int.from_bytes(fields[5], "little") & FLOW_NATIVE and packets_in
+        if native and (proved or doubts < NATIVE_DOUBTS) and peer_in_sal < NATIVE_FOLLOW:
+            return Framing.NATIVE
+        return Framing.UDP if fields[12] else Framing.SAL
 
     def entries(self) -> int:
         """How many entries the flow map has right now, half-open ones included: for leak checks and `show`."""

@@ -3,7 +3,7 @@
 A normal TCP segment whose ports are 0 and whose checksum's pseudo header uses the addresses of the IP header
 around it and protocol 6. Options beyond the prototype's (MSS, window scale) are SACK-permitted and timestamps
 (RFC 2018, RFC 7323) and our own capabilities, offered in an experimental option (RFC 6994: kind 254,
-experiment 0x5341).
+experiment 0x5341): 16 bits of flags and, where framing `native` is offered, the sender's port for it.
 """
 
 from __future__ import annotations
@@ -57,17 +57,22 @@ _PROTOTYPE_OPTIONS = Struct("!HH3sB")
 _MSS_HEAD = _MSS << 8 | 4
 _WINDOW_SCALE_HEAD = bytes((_NO_OPERATION, _WINDOW_SCALE, 3))
 _TWO_WORDS = Struct("!II")
-_CAPABILITIES_HEAD = bytes((6, CAPABILITIES_EXPERIMENT >> 8, CAPABILITIES_EXPERIMENT & 255))
+_CAPABILITIES = CAPABILITIES_EXPERIMENT.to_bytes(2, "big")
+_CAPABILITIES_LENGTHS = (6, 8)  # without a native port, with one
 
 
 class TcpOptions(NamedTuple):
-    """The options we know. `mss` is in bytes, `window_scale` a shift count, `timestamp` (TSval, TSecr)."""
+    """The options we know. `mss` is in bytes, `window_scale` a shift count, `timestamp` (TSval, TSecr).
+
+    `native_port` 0: framing `native` is not offered. It comes with `capabilities` only.
+    """
 
     mss: int | None = None
     window_scale: int | None = None
     sack_permitted: bool = False
     timestamp: tuple[int, int] | None = None
     capabilities: int | None = None
+    native_port: int = 0
 
 
 NO_OPTIONS = TcpOptions()
@@ -137,6 +142,7 @@ def _parse_options(data: bytes) -> TcpOptions:
 def _parse_any_options(data: bytes) -> TcpOptions:
     mss = window_scale = timestamp = capabilities = None
     sack_permitted = False
+    native_port = 0
     offset = 0
     end = len(data)
     while offset < end:
@@ -160,10 +166,15 @@ def _parse_any_options(data: bytes) -> TcpOptions:
             sack_permitted = True
         elif kind == _TIMESTAMP:
             timestamp = _TWO_WORDS.unpack_from(data, offset + 2)
-        elif kind == _EXPERIMENT and data[offset + 1 : offset + 4] == _CAPABILITIES_HEAD:
+        elif (
+            kind == _EXPERIMENT
+            and length in _CAPABILITIES_LENGTHS
+            and data[offset + 2 : offset + 4] == _CAPABILITIES
+        ):
             capabilities = data[offset + 4] << 8 | data[offset + 5]
+            native_port = int.from_bytes(data[offset + 6 : following], "big")
         offset = following
-    return TcpOptions(mss, window_scale, sack_permitted, timestamp, capabilities)
+    return TcpOptions(mss, window_scale, sack_permitted, timestamp, capabilities, native_port)
 
 
 def emit(segment: TcpSegment, source: int, destination: int) -> bytes:
@@ -209,7 +220,7 @@ def _emit_options(options: TcpOptions) -> bytes:
 
     That is Linux's order, and the only one with SACK and timestamps that a prototype was seen to accept.
     """
-    mss, window_scale, sack_permitted, timestamp, capabilities = options
+    mss, window_scale, sack_permitted, timestamp, capabilities, native_port = options
     data = b""
     if mss is not None:
         data = bytes((_MSS, 4)) + mss.to_bytes(2, "big")
@@ -223,7 +234,10 @@ def _emit_options(options: TcpOptions) -> bytes:
             raise OurMistake(f"a window scale is at most {MAX_WINDOW_SCALE}, not {window_scale}")
         data += bytes((_NO_OPERATION, _WINDOW_SCALE, 3, window_scale))
     if capabilities is not None:
-        data += b"\x01\x01\xfe" + _CAPABILITIES_HEAD + capabilities.to_bytes(2, "big")
+        head = b"\xfe\x08" if native_port else b"\x01\x01\xfe\x06"
+        data += head + _CAPABILITIES + capabilities.to_bytes(2, "big")
+        if native_port:
+            data += native_port.to_bytes(2, "big")
     return data
 
 

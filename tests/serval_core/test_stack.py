@@ -22,6 +22,7 @@ from lab.wire_counter import WireCounter
 from serval_core.dataplane.devices import OWN_DEVICES
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.errors import KernelRefused
+from serval_core.framing import Framing
 from serval_core.names import parse_service
 from serval_core.rules import Rule
 from serval_core.sal_settings import SalSettings
@@ -341,9 +342,10 @@ def test_next_hop_that_changes_its_mac_address_is_followed(stacks: tuple[StackTh
 def test_nothing_above_the_mtu_leaves(lab: Lab, mtu: int) -> None:
     client, server = lab.host("client"), lab.host("server")
     names = lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24", mtu=mtu)
+    sal = SalSettings(framing=Framing.SAL)
     with (
-        StackThread(client) as near,
-        StackThread(server) as far,
+        StackThread(client, sal=sal) as near,
+        StackThread(server, sal=sal) as far,
         WireCounter(client, names[0], 144, longer_than_bytes=mtu) as oversize,
         WireCounter(client, names[0], 144, longer_than_bytes=mtu - 20) as full,
     ):

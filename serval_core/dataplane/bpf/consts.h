@@ -13,11 +13,14 @@
 
 #define TCP_FLAG_FIN 0x01
 #define TCP_FLAG_RST 0x04
+#define TCP_FLAG_ACK 0x10
 
 /* struct flow: flags */
 #define FLOW_EXPECTED 1          /* half-open: data goes up to the SAL, which completes the handshake with it */
 #define FLOW_COMPLETE_CHECKSUM 2 /* the peer or its link needs finished TCP checksums */
 #define FLOW_NEIGHBOUR_KNOWN 4     /* the MAC addresses are in the entry; else the kernel's neighbour code finds them */
+#define FLOW_NATIVE 8		 /* both ends have a native port: data may travel as plain TCP */
+#define FLOW_TELL_PROOF 16	 /* user space wants to know that native data has got through */
 
 /* In the mark, beside the number of the interface: serval_insert has to ask the kernel for the next hop's address */
 #define MARK_NEIGHBOUR_UNKNOWN 0x80000000
@@ -25,5 +28,7 @@
 /* struct flow_event: kind */
 #define EVENT_FIN_ACKNOWLEDGED 1
 #define EVENT_RESET_SENT 2
+#define EVENT_NATIVE_DOUBTED 3 /* native data had to be repeated before any has got through */
+#define EVENT_NATIVE_PROVED 4  /* native data has got through after all, or FLOW_TELL_PROOF asked for it */
 
 #define MAX_FLOWS 65536

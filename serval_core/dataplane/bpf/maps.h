@@ -26,6 +26,13 @@ struct {
 } flow_states SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct native_port);
+} native_ports SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 256 * 1024);
 } flow_events SEC(".maps");
@@ -41,6 +48,8 @@ enum drop_reason {
 	LOST_EVENT,
 	DROP_OUT_LATE_RESET,
 	DROP_IN_UNKNOWN_FLOW,
+	DROP_IN_NATIVE_UNKNOWN,
+	DROP_IN_NATIVE_RESET,
 	DROP_REASONS,
 };
 

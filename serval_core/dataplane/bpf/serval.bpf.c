@@ -4,6 +4,8 @@
  *
  *   socket -> serval0 egress [serval_out] -> seg0 or sum0 (segmentation) -> sum1 [serval_insert] -> wire
  *   wire ingress [serval_in] -> serval1 -> serval0 -> socket
+ *
+ * and, in framing native, socket -> serval0 egress [serval_out] -> wire ingress [serval_in] -> serval0 -> socket.
  *   raw socket [serval_control]: what user space gets to see
  */
 #include <linux/bpf.h>
@@ -21,8 +23,7 @@
 #include "maps.h"
 #include "checksum.h"
 #include "frames.h"
-
-#define TCP_CHECK_OFFSET (ETHERNET_BYTES + IPV4_BYTES + 16)
+#include "native.h"
 
 /* The flags byte of a TCP header. */
 static __always_inline __u8 tcp_flags(const struct tcphdr *tcp)
@@ -34,6 +35,40 @@ static __always_inline __u8 tcp_flags(const struct tcphdr *tcp)
 static __always_inline __be32 flow_of_tuple(__be32 remote_address, __be16 remote_port)
 {
 	return bpf_htonl(bpf_ntohl(remote_address) << 16 | bpf_ntohs(remote_port));
+}
+
+/* The ports of the virtual tuple as they arrive. Network order puts the source first: the flowID's low half, then our one local port. */
+static __always_inline __be32 virtual_ports(__be32 id)
+{
+	return bpf_htonl(bpf_ntohl(id) << 16 | bpf_ntohs(virtual_network.local_port));
+}
+
+/* The MAC address of serval0: dataplane/devices.py gives it. */
+static __always_inline void address_to_anchor(struct ethhdr *ethernet)
+{
+	static const __u8 anchor[ETH_ALEN] = { 0x02, 0x53, 0x41, 0x4c, 0, 0 };
+
+	__builtin_memcpy(ethernet->h_dest, anchor, ETH_ALEN);
+}
+
+/* What a segment of the peer says that others than the socket want to know. `length`: of the IP packet. */
+static __always_inline void note_arrival(__be32 id, struct flow *flow, struct flow_state *state,
+					 const struct tcphdr *tcp, __u32 length)
+{
+	__u32 acknowledged = bpf_ntohl(tcp->ack_seq);
+
+	if (tcp->ack) {
+		if (state->fin_sent && !state->fin_acknowledged && acknowledged == state->fin_end) {
+			state->fin_acknowledged = 1;
+			tell(id, EVENT_FIN_ACKNOWLEDGED);
+		}
+		if (flow->flags & FLOW_NATIVE)
+			prove_native(id, flow, state, acknowledged);
+	}
+	if (tcp->fin)
+		state->fin_received = 1;
+	__sync_fetch_and_add(&state->in.packets, 1);
+	__sync_fetch_and_add(&state->in.bytes, length);
 }
 
 /*
@@ -73,13 +108,12 @@ int serval_out(struct __sk_buff *skb)
 		return drop(DROP_OUT_NOT_A_FLOW);
 
 	__u8 flags = tcp_flags(tcp);
+	__u32 headers = IPV4_BYTES + tcp->doff * 4;
+	/* A superpacket of 64 KiB and more (BIG TCP) has no usable tot_len. */
+	__u32 payload = (ip->tot_len ? bpf_ntohs(ip->tot_len) : skb->len - ETHERNET_BYTES) - headers;
+	__u32 sequence = bpf_ntohl(tcp->seq), sequence_end = sequence + payload + (flags & TCP_FLAG_FIN);
 	if (flags & TCP_FLAG_FIN) {
-		__u32 payload = bpf_ntohs(ip->tot_len) - IPV4_BYTES - tcp->doff * 4;
-
-		/* A superpacket of 64 KiB and more (BIG TCP) has no usable tot_len. */
-		if (!ip->tot_len)
-			payload = skb->len - ETHERNET_BYTES - IPV4_BYTES - tcp->doff * 4;
-		state->fin_end = bpf_ntohl(tcp->seq) + payload + 1;
+		state->fin_end = sequence_end;
 		state->fin_sent = 1;
 	}
 	/*
@@ -94,10 +128,13 @@ int serval_out(struct __sk_buff *skb)
 	}
 
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
-	__u32 headers = IPV4_BYTES + tcp->doff * 4;
+	__u32 wire_bytes = skb->len - ETHERNET_BYTES + (segments - 1) * headers;
 	__sync_fetch_and_add(&state->out.packets, segments);
-	__sync_fetch_and_add(&state->out.bytes,
-			     skb->len - ETHERNET_BYTES + (segments - 1) * headers + segments * SAL_HEADER_BYTES);
+	if ((flow->flags & FLOW_NATIVE) && goes_native(id, flow, state, sequence, sequence_end, flags)) {
+		__sync_fetch_and_add(&state->out.bytes, wire_bytes);
+		return send_native(skb, flow, ip, tcp);
+	}
+	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * SAL_HEADER_BYTES);
 
 	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
 	__be32 ports = *(__be32 *)tcp;
@@ -167,6 +204,63 @@ int serval_insert(struct __sk_buff *skb)
 	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
+/*
+ * TCP on the ingress of an interface: what comes to a native port of a flow goes to its socket as it is, superpackets included.
+ * What comes to such a port otherwise is dropped, or the kernel would answer it with an RST.
+ */
+static __always_inline int receive_native(struct __sk_buff *skb)
+{
+	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES;
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (data + needed > end) {
+		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
+			return TC_ACT_UNSPEC;
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+		if (data + needed > end)
+			return TC_ACT_UNSPEC;
+	}
+	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+	__u32 port = bpf_ntohs(tcp->dest);
+	struct native_port *ours = bpf_map_lookup_elem(&native_ports, &port);
+	if (!ours || !ours->reserved)
+		return TC_ACT_UNSPEC;
+	__be32 id = ours->flow;
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	if (!flow || tcp->source != flow->native_peer_port)
+		return drop(DROP_IN_NATIVE_UNKNOWN);
+	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
+	if (!state)
+		return drop(DROP_IN_NATIVE_UNKNOWN);
+	/* Two ports are no proof of who sent a reset, and that of a peer comes with a SAL header. */
+	if (tcp->rst || tcp->syn)
+		return drop(DROP_IN_NATIVE_RESET);
+
+	struct iphdr *ip = data + ETHERNET_BYTES;
+	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
+	__u32 headers = IPV4_BYTES + tcp->doff * 4;
+	state->peer_in_sal = 0;
+	note_arrival(id, flow, state, tcp, skb->len - ETHERNET_BYTES + (segments - 1) * headers);
+	if (segments > 1)
+		__sync_fetch_and_add(&state->in.packets, segments - 1);
+
+	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
+	__be32 local = virtual_network.local_address;
+	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local);
+	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
+
+	ip->saddr = remote;
+	ip->daddr = local;
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = new_ports;
+	address_to_anchor(data);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	return bpf_redirect(virtual_network.anchor_ifindex, BPF_F_INGRESS);
+}
+
 /* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */
 SEC("tc")
 int serval_in(struct __sk_buff *skb)
@@ -189,7 +283,11 @@ int serval_in(struct __sk_buff *skb)
 	/* The virtual tuples are ours alone: nobody on a wire may talk to a socket past the SAL. */
 	if (ip->daddr == virtual_network.local_address)
 		return drop(DROP_IN_VIRTUAL_ADDRESS);
-	if (ip->protocol != IPPROTO_SAL || ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
+	if (ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
+		return TC_ACT_UNSPEC;
+	if (ip->protocol == IPPROTO_TCP)
+		return receive_native(skb);
+	if (ip->protocol != IPPROTO_SAL)
 		return TC_ACT_UNSPEC;
 
 	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES;
@@ -221,21 +319,15 @@ int serval_in(struct __sk_buff *skb)
 	if (length < IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES)
 		return drop(DROP_IN_TRUNCATED);
 	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES;
-	if (state->fin_sent && !state->fin_acknowledged && bpf_ntohl(tcp->ack_seq) == state->fin_end && tcp->ack) {
-		state->fin_acknowledged = 1;
-		tell(id, EVENT_FIN_ACKNOWLEDGED);
-	}
-	if (tcp->fin)
-		state->fin_received = 1;
-	__sync_fetch_and_add(&state->in.packets, 1);
-	__sync_fetch_and_add(&state->in.bytes, length);
+	if ((flow->flags & FLOW_NATIVE) && state->peer_in_sal < NATIVE_FOLLOW &&
+	    length > IPV4_BYTES + SAL_HEADER_BYTES + tcp->doff * 4)
+		state->peer_in_sal++;
+	note_arrival(id, flow, state, tcp, length);
 
 	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
 	__be32 local = virtual_network.local_address;
 	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local);
-	/* Network order puts the source port first: the flowID's low half, then our one local port. */
-	__be32 old_ports = *(__be32 *)tcp;
-	__be32 new_ports = bpf_htonl(bpf_ntohl(id) << 16 | bpf_ntohs(virtual_network.local_port));
+	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
 
 	if (bpf_skb_adjust_room(skb, -SAL_HEADER_BYTES, BPF_ADJ_ROOM_NET,
 				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
@@ -255,13 +347,7 @@ int serval_in(struct __sk_buff *skb)
 	ip->check = 0;
 	ip->check = ipv4_checksum(ip);
 	*(__be32 *)tcp = new_ports;
-	/* The MAC address of serval0: dataplane/devices.py gives it. */
-	ethernet->h_dest[0] = 0x02;
-	ethernet->h_dest[1] = 0x53;
-	ethernet->h_dest[2] = 0x41;
-	ethernet->h_dest[3] = 0x4c;
-	ethernet->h_dest[4] = 0;
-	ethernet->h_dest[5] = 0;
+	address_to_anchor(ethernet);
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
 	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);

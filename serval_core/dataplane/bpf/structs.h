@@ -24,6 +24,7 @@ struct virtual_network {
 	__u32 anchor_outer_ifindex; /* serval1: what is sent into it arrives on serval0 */
 	__u32 segmenter_ifindex;    /* seg0: what is sent into it leaves sum1 in segments */
 	__u32 checksum_ifindex;	    /* sum0: what is sent into it arrives on sum1 in segments with finished checksums */
+	__u32 anchor_ifindex;	    /* serval0: its ingress is where the sockets receive */
 };
 
 /* Value of `flows`, by local flowID. Replaced as a whole on migration, so nothing in here changes under a reader. */
@@ -38,6 +39,17 @@ struct flow {
 	struct sal_header header_in;  /* of every data packet we accept */
 	__u8 neighbour_mac[6];	      /* with FLOW_NEIGHBOUR_KNOWN */
 	__u8 own_mac[6];
+	__be16 native_local_port;     /* with FLOW_NATIVE; as the ports of a packet to the peer stand in its header */
+	__be16 native_peer_port;
+	__be16 outer_local_port;      /* of UDP encapsulation; 0: none */
+	__be16 outer_peer_port;
+	__u32 path_number;	      /* another one after each move: what was learnt about native data is void */
+};
+
+/* Value of `native_ports`, by TCP port in host order. */
+struct native_port {
+	__be32 flow;
+	__u32 reserved; /* 0: a flow has this port no more, or never had */
 };
 
 struct direction_counters {
@@ -51,11 +63,19 @@ struct flow_state {
 	__u32 fin_end;	/* sequence number after our FIN, host order */
 	__u8 fin_sent;
 	__u8 reset_sent;
-	__u8 padding_out[42];
+	__u8 native_doubts;   /* segments that were repeated before native data had got through */
+	__u8 native_repeats;  /* how often `native_repeated` was repeated in a row */
+	__u32 native_sent_end; /* sequence numbers, host order: behind all that was sent, */
+	__u32 sal_sent_end;    /* behind all that was sent in framing sal; what is acknowledged beyond it came natively */
+	__u32 native_repeated; /* of the segment that was repeated last */
+	__u32 path_number;
+	__u8 padding_out[24];
 	struct direction_counters in;
 	__u8 fin_acknowledged;
 	__u8 fin_received;
-	__u8 padding_in[46];
+	__u8 native_proved; /* native data of ours has got through */
+	__u8 peer_in_sal;   /* how many data segments in a row the peer has sent in framing sal, at most NATIVE_FOLLOW */
+	__u8 padding_in[44];
 };
 
 /* What serval_look finds. Sequence numbers in host order; zero for a socket in TIME_WAIT. */

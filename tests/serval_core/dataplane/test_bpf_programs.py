@@ -21,8 +21,8 @@ from serval_core.dataplane.kernel import (
     FLOW_STATE,
     LOOK_PACKET,
     MAX_FLOWS,
-    NO_STATE,
     OBJECT_FILE,
+    fresh_state,
 )
 from serval_core.names import parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
@@ -43,13 +43,14 @@ ETHERNET = bytes.fromhex("02000000000a02000000000b0800")
 DELIVERED = bytes.fromhex("02534 14c0000".replace(" ", "")) + bytes.fromhex("02000000000b0800")
 TO_NEIGHBOUR = bytes.fromhex("0200000000bb0200000000aa0800")
 WIRE_INDEX, ASK_NEIGHBOUR = 1, 0x80000000
+NO_PORTS = 0, 0, 0, 0, 0  # no native ones, no outer ones; path number
 SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[BpfObject]:
     configuration = CONFIGURATION.pack(
-        VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 3
+        VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 4
     )
     loaded = BpfObject(str(OBJECT_FILE), configuration)
     yield loaded
@@ -60,7 +61,7 @@ def programs() -> Iterator[BpfObject]:
 def flows(programs: BpfObject) -> None:
     """Slot 0: an open flow; slot 1: one whose peer needs complete checksums; a half-open one; nothing noted yet."""
     for slot in (0, 1):
-        programs.map("flow_states").update(struct.pack("=I", slot), NO_STATE)
+        programs.map("flow_states").update(struct.pack("=I", slot), fresh_state(SEQUENCE))
     for flow_id, slot, flags in (
         (OUR_FLOW, 0, 0),
         (CHECKSUM_FLOW, 1, FLOW_COMPLETE_CHECKSUM),
@@ -79,6 +80,7 @@ def flows(programs: BpfObject) -> None:
                 sal.data_header(PEER_FLOW, flow_id, 6),
                 bytes.fromhex("0200000000bb"),
                 bytes.fromhex("0200000000aa"),
+                *NO_PORTS,
             ),
         )
 
@@ -274,7 +276,7 @@ def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> Non
         programs.test_run("serval_in", changed(wire, acknowledged, struct.pack("!I", acknowledgement)))
     assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 1))]
     state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
-    assert state[5:7] == (4, 4 * (len(wire) - 14))
+    assert state[11:13] == (4, 4 * (len(wire) - 14))
 
 
 def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> None:

@@ -31,7 +31,7 @@ class Wire:
         self.host = host
         self.netlink = host.call(Netlink)
         self.index = host.call(socket.if_nametoindex, "eth0")
-        ones = [struct.pack("=I", 1)] * 3
+        ones = [struct.pack("=I", 1)] * 4
         configuration = CONFIGURATION.pack(VIRTUAL, REMOTE, 54324, *ones)
         self._objects = [BpfObject(str(OBJECT_FILE), configuration) for _ in range(2)]
         self._sender = neighbour.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)

@@ -34,8 +34,13 @@ def sal_packets(
     )
 
 
-def tcp_options(capabilities: SearchStrategy[int | None]) -> SearchStrategy[TcpOptions]:
-    """Any set of TCP options; `capabilities` is our own one."""
+NO_PORT = st.just(0)
+
+
+def tcp_options(
+    capabilities: SearchStrategy[int | None], native_port: SearchStrategy[int] = NO_PORT
+) -> SearchStrategy[TcpOptions]:
+    """Any set of TCP options; the last two are in our own one."""
     return st.builds(
         TcpOptions,
         mss=st.none() | words,
@@ -43,6 +48,7 @@ def tcp_options(capabilities: SearchStrategy[int | None]) -> SearchStrategy[TcpO
         sack_permitted=st.booleans(),
         timestamp=st.none() | st.tuples(words32, words32),
         capabilities=capabilities,
+        native_port=native_port,
     )
 
 

@@ -77,7 +77,7 @@ def sal_packet(layer: Packet) -> SalPacket:
 
 def tcp_layer(segment: TcpSegment) -> Packet:
     """The scapy layer for a TcpSegment, with the options in our order."""
-    mss, window_scale, sack_permitted, timestamp, _ = segment.options
+    mss, window_scale, sack_permitted, timestamp, *_ = segment.options
     options: list[tuple[str, object]] = []
     if mss is not None:
         options.append(("MSS", mss))

@@ -21,7 +21,7 @@ from .strategies import addresses, segments, tcp_options, words
 A = 0x0A000001
 B = 0x0A000002
 
-options = tcp_options(capabilities=st.none() | words)
+options = tcp_options(capabilities=st.none()) | tcp_options(capabilities=words, native_port=words)
 
 parse = partial(tcp_segment.parse, source=A, destination=B)
 parse_unverified = partial(tcp_segment.parse, source=A, destination=B, verify=False)
@@ -88,9 +88,11 @@ def test_damaged_headers_are_refused() -> None:
         ("020405b4 0402080a 00000001 00000002 01030307", TcpOptions(1460, 7, True, (1, 2))),
         ("01010402", TcpOptions(sack_permitted=True)),
         ("fe065341 8001 0101", TcpOptions(capabilities=0x8001)),
+        ("fe085341 8001 ee48", TcpOptions(capabilities=0x8001, native_port=61000)),
+        ("fe085341 8001 0000", TcpOptions(capabilities=0x8001)),
         # Someone else's experiment, ours with another length, a kind nobody knows, fast open: all skipped.
         ("fe065342 8001 0101", NO_OPTIONS),
-        ("fe085341 8001 0000", NO_OPTIONS),
+        ("fe0a5341 8001 0000 0000 0101", NO_OPTIONS),
         ("fd040000 220a0000 00000000 00000101 020405a8", TcpOptions(1448)),
         ("020405a8 00ffffff", TcpOptions(1448)),
         ("02040100 020405a8", TcpOptions(1448)),

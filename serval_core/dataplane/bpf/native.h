@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: (BSD-3-Clause OR GPL-2.0-only) */
+/*
+ * When and how does data travel as plain TCP/IP? Framing `native`: superpackets stay whole, between two ports that stand for the
+ * two flowIDs. It is a choice of the sender, segment by segment; the receiver takes either framing at any time.
+ *
+ * Whoever opened the flow begins in framing sal and goes over when the first packet of the peer has come: until then the peer may
+ * not have a socket yet, and only sal data is passed up to complete the handshake. What has to be repeated before anything
+ * native has got through is repeated in framing sal, so a path that does not pass native data costs one timeout and no more.
+ */
+#pragma once
+
+#include "checksum.h"
+#include "consts.h"
+#include "maps.h"
+#include "structs.h"
+
+#define TCP_CHECK_OFFSET (ETHERNET_BYTES + IPV4_BYTES + 16)
+#define NATIVE_DOUBTS 2	 /* from then on all is sent in framing sal, until native data turns out to have got through */
+#define NATIVE_REPEATS 3 /* a segment that is repeated so often in a row puts a proved path into doubt */
+#define NATIVE_FOLLOW 2	 /* a peer that has sent so many data segments in framing sal gets that as well */
+
+/* Serial number arithmetic (RFC 1982). */
+static __always_inline int is_before(__u32 a, __u32 b)
+{
+	return (__s32)(a - b) < 0;
+}
+
+/* Whether the segment [seq, end) is to be sent natively; takes note of it. Sequence numbers in host order. */
+static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 seq, __u32 end,
+				       __u8 flags)
+{
+	int repeated = is_before(seq, state->native_sent_end);
+
+	if (state->path_number != flow->path_number) {
+		state->path_number = flow->path_number;
+		state->native_proved = 0;
+		state->native_doubts = 0;
+		state->native_repeats = 0;
+		state->peer_in_sal = 0;
+		state->sal_sent_end = state->native_sent_end;
+	}
+	if (is_before(state->native_sent_end, end))
+		state->native_sent_end = end;
+	/* A reset ends a connection, and ports are all it would take to forge one: it keeps its SAL header. */
+	if ((flags & TCP_FLAG_RST) || !state->in.packets || state->peer_in_sal >= NATIVE_FOLLOW)
+		goto in_sal;
+	if (!repeated)
+		goto decided;
+	if (seq == end)
+		goto in_sal; /* a probe or keepalive: whether it gets through matters more than what it costs */
+	if (!state->native_proved) {
+		if (state->native_doubts < NATIVE_DOUBTS && !state->native_doubts++)
+			tell(id, EVENT_NATIVE_DOUBTED);
+		goto in_sal;
+	}
+	if (seq != state->native_repeated) {
+		state->native_repeated = seq;
+		state->native_repeats = 0;
+	} else if (++state->native_repeats >= NATIVE_REPEATS) {
+		state->native_proved = 0;
+		state->native_doubts = 1;
+		state->sal_sent_end = state->native_sent_end;
+		tell(id, EVENT_NATIVE_DOUBTED);
+		return 0;
+	}
+decided:
+	if (state->native_proved || state->native_doubts < NATIVE_DOUBTS)
+		return 1;
+in_sal:
+	if (is_before(state->sal_sent_end, end))
+		state->sal_sent_end = end;
+	return 0;
+}
+
+/* Send what the kernel's TCP made, superpackets included, as TCP between the two ends' own addresses and ports. */
+static __always_inline int send_native(struct __sk_buff *skb, struct flow *flow, struct iphdr *ip, struct tcphdr *tcp)
+{
+	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
+	struct ethhdr *ethernet = (void *)ip - ETHERNET_BYTES;
+	__be32 old_ports = *(__be32 *)tcp, new_ports = *(__be32 *)&flow->native_local_port;
+
+	ip->saddr = flow->local_address;
+	ip->daddr = flow->peer_address;
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = new_ports;
+	__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
+	__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	if (flow->flags & FLOW_NEIGHBOUR_KNOWN)
+		return bpf_redirect(flow->ifindex, 0);
+
+	struct bpf_redir_neigh neighbour;
+	__builtin_memset(&neighbour, 0, sizeof(neighbour));
+	neighbour.nh_family = 2; /* AF_INET */
+	neighbour.ipv4_nh = flow->next_hop;
+	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
+}
+
+/* An acknowledgement has come: does it show that native data of ours got through? */
+static __always_inline void prove_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 acknowledged)
+{
+	if (state->native_proved || !is_before(state->sal_sent_end, acknowledged) ||
+	    is_before(state->native_sent_end, acknowledged) || state->path_number != flow->path_number)
+		return;
+	state->native_proved = 1;
+	if (state->native_doubts || (flow->flags & FLOW_TELL_PROOF))
+		tell(id, EVENT_NATIVE_PROVED);
+	state->native_doubts = 0;
+}

@@ -1,0 +1,247 @@
+"""Framing `native` in the BPF programs, one packet at a time: when is a segment plain TCP, and what becomes of such a one?"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from serval_core.dataplane.bpf_loader import BpfObject
+from serval_core.dataplane.kernel import (
+    CONFIGURATION,
+    EVENT,
+    FLOW,
+    FLOW_KEY,
+    FLOW_NATIVE,
+    FLOW_NEIGHBOUR_KNOWN,
+    FLOW_STATE,
+    FLOW_TELL_PROOF,
+    OBJECT_FILE,
+    FlowEvent,
+    fresh_state,
+)
+from serval_core.wire import ipv4, sal, tcp_segment
+from tests.serval_core.dataplane.test_bpf_programs import (
+    DELIVERED,
+    ETHERNET,
+    OUR_FLOW,
+    PEER,
+    PEER_FLOW,
+    TC_REDIRECT,
+    TC_SHOT,
+    TC_UNSPEC,
+    TO_NEIGHBOUR,
+    US,
+    VIRTUAL_LOCAL,
+    VIRTUAL_PORT,
+    VIRTUAL_REMOTE,
+    drops,
+)
+
+OUR_PORT, PEER_PORT, GONE_PORT = 61000, 62000, 61001
+START = 1000  # the first sequence number
+REMOTE = VIRTUAL_REMOTE | OUR_FLOW >> 16
+SLOT = struct.pack("=I", 0)
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[BpfObject]:
+    loaded = BpfObject(
+        str(OBJECT_FILE), CONFIGURATION.pack(VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 4)
+    )
+    for port, flow_id in ((OUR_PORT, OUR_FLOW), (GONE_PORT, 0x7777)):
+        loaded.map("native_ports").update(struct.pack("=I", port), struct.pack("!I", flow_id) + struct.pack("=I", 1))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(autouse=True)
+def flow(programs: BpfObject) -> None:
+    put_flow(programs, FLOW_NATIVE)
+    programs.map("flow_states").update(SLOT, fresh_state(START))
+    programs.ring_buffer("flow_events").take()
+
+
+def put_flow(programs: BpfObject, flags: int, path_number: int = 0) -> None:
+    value = FLOW.pack(
+        US,
+        PEER,
+        PEER,
+        struct.pack("=I", 1),
+        SLOT,
+        struct.pack("=I", flags | FLOW_NEIGHBOUR_KNOWN),
+        sal.data_header(OUR_FLOW, PEER_FLOW, 6),
+        sal.data_header(PEER_FLOW, OUR_FLOW, 6),
+        bytes.fromhex("0200000000bb"),
+        bytes.fromhex("0200000000aa"),
+        OUR_PORT,
+        PEER_PORT,
+        0,
+        0,
+        path_number,
+    )
+    programs.map("flows").update(FLOW_KEY.pack(OUR_FLOW), value)
+
+
+def tcp(
+    source: int, destination: int, ports: tuple[int, int], sequence: int, acknowledgement: int, payload: bytes, flags: int
+) -> bytes:
+    segment = tcp_segment.TcpSegment(
+        *ports, sequence, acknowledgement, flags, 512, 0, tcp_segment.NO_OPTIONS, payload
+    )
+    return ipv4.emit(source, destination, 6, tcp_segment.emit(segment, source, destination))
+
+
+def send(programs: BpfObject, sequence: int, payload: bytes = b"hello", flags: int = tcp_segment.ACK) -> str:
+    """Let the kernel's TCP send; which framing did it become?"""
+    ports = VIRTUAL_PORT, OUR_FLOW & 0xFFFF
+    verdict, packet, _ = programs.test_run(
+        "serval_out", ETHERNET + tcp(VIRTUAL_LOCAL, REMOTE, ports, sequence, 0, payload, flags)
+    )
+    assert verdict == TC_REDIRECT
+    if packet == TO_NEIGHBOUR + tcp(US, PEER, (OUR_PORT, PEER_PORT), sequence, 0, payload, flags):
+        return "native"
+    header = sal.data_header(OUR_FLOW, PEER_FLOW, 6)
+    assert packet == TO_NEIGHBOUR + header + tcp(US, PEER, (0, 0), sequence, 0, payload, flags)
+    return "sal"
+
+
+def arrive(programs: BpfObject, acknowledgement: int = START, payload: bytes = b"", framing: str = "native") -> None:
+    """A segment of the peer."""
+    if framing == "native":
+        packet = tcp(PEER, US, (PEER_PORT, OUR_PORT), 5, acknowledgement, payload, tcp_segment.ACK)
+    else:
+        plain = tcp(PEER, US, (0, 0), 5, acknowledgement, payload, tcp_segment.ACK)
+        packet = ipv4.emit(PEER, US, 144, sal.data_header(PEER_FLOW, OUR_FLOW, 6) + plain[20:])
+    assert programs.test_run("serval_in", ETHERNET + packet)[0] == TC_REDIRECT
+
+
+def events(programs: BpfObject) -> list[FlowEvent]:
+    samples = programs.ring_buffer("flow_events").take()
+    return [FlowEvent(int.from_bytes(EVENT.unpack(sample)[1], "little")) for sample in samples]
+
+
+@dataclass(frozen=True)
+class Row:
+    description: str
+    ports: tuple[int, int]
+    verdict: int
+    flags: int = tcp_segment.ACK
+    dropped_for: str | None = None
+
+
+INCOMING = [
+    Row("a flow's segment", (PEER_PORT, OUR_PORT), TC_REDIRECT),
+    Row("to another port of this host", (PEER_PORT, 80), TC_UNSPEC),
+    Row("to the port of a flow that is gone", (PEER_PORT, GONE_PORT), TC_SHOT, dropped_for="in_native_unknown"),
+    Row("from another port than the peer's", (PEER_PORT + 1, OUR_PORT), TC_SHOT, dropped_for="in_native_unknown"),
+    Row(
+        "a reset, which ports alone would forge",
+        (PEER_PORT, OUR_PORT),
+        TC_SHOT,
+        tcp_segment.RST | tcp_segment.ACK,
+        "in_native_reset",
+    ),
+    Row("a SYN", (PEER_PORT, OUR_PORT), TC_SHOT, tcp_segment.SYN, "in_native_reset"),
+]
+
+
+@pytest.mark.parametrize("row", INCOMING, ids=lambda row: row.description)
+def test_what_comes_in(programs: BpfObject, row: Row) -> None:
+    packet = ETHERNET + tcp(PEER, US, row.ports, 5, 6, b"hello", row.flags)
+    expected = packet
+    if row.verdict == TC_REDIRECT:
+        ports = OUR_FLOW & 0xFFFF, VIRTUAL_PORT
+        expected = DELIVERED + tcp(REMOTE, VIRTUAL_LOCAL, ports, 5, 6, b"hello", row.flags)
+    before = drops(programs)
+    verdict, result, _ = programs.test_run("serval_in", packet)
+    assert (verdict, result) == (row.verdict, expected)
+    changes = {name: count - before[name] for name, count in drops(programs).items() if count != before[name]}
+    assert changes == ({row.dropped_for: 1} if row.dropped_for else {})
+
+
+def test_begins_when_the_peer_has_shown_that_it_has_a_socket(programs: BpfObject) -> None:
+    assert send(programs, START) == "sal"
+    arrive(programs, START + 5, framing="sal")
+    assert send(programs, START + 5) == "native"
+    assert send(programs, START + 10, b"") == "native", "an acknowledgement"
+    assert send(programs, START + 10, b"", tcp_segment.RST) == "sal", "a reset"
+
+
+def test_repeats_in_sal_until_something_native_was_acknowledged(programs: BpfObject) -> None:
+    arrive(programs)
+    assert [send(programs, START), send(programs, START + 5), send(programs, START)] == ["native", "native", "sal"]
+    assert send(programs, START + 10) == "native", "one loss says little"
+    arrive(programs, START + 5)
+    assert events(programs) == [FlowEvent.NATIVE_DOUBTED], "what was acknowledged may have been the copy"
+    arrive(programs, START + 10)
+    assert events(programs) == [FlowEvent.NATIVE_PROVED]
+    assert send(programs, START + 10) == "native", "a repetition on a path that is proved"
+
+
+def test_gives_native_up_when_repetitions_are_all_that_gets_through(programs: BpfObject) -> None:
+    arrive(programs)
+    for step in range(2):
+        assert send(programs, START + 5 * step) == "native"
+        assert send(programs, START + 5 * step) == "sal"
+        arrive(programs, START + 5 * step + 5, framing="sal")
+    assert [send(programs, START + 10), send(programs, START + 15)] == ["sal", "sal"]
+    assert events(programs) == [FlowEvent.NATIVE_DOUBTED]
+
+
+def test_a_proved_path_is_doubted_when_one_segment_is_repeated_again_and_again(programs: BpfObject) -> None:
+    arrive(programs)
+    assert send(programs, START) == "native"
+    arrive(programs, START + 5)
+    assert send(programs, START + 5) == "native"
+    assert [send(programs, START + 5) for _ in range(4)] == ["native", "native", "native", "sal"]
+    assert send(programs, START + 10) == "native", "one more chance"
+    assert [send(programs, START + 5), send(programs, START + 15)] == ["sal", "sal"]
+    assert events(programs) == [FlowEvent.NATIVE_DOUBTED]
+
+
+def test_follows_a_peer_that_sends_data_in_sal(programs: BpfObject) -> None:
+    arrive(programs)
+    for _ in range(2):
+        assert send(programs, START, b"") == "native"
+        arrive(programs, payload=b"data", framing="sal")
+    arrive(programs, framing="sal")
+    assert send(programs, START, b"") == "sal"
+    arrive(programs, payload=b"data")
+    assert send(programs, START, b"") == "native"
+
+
+def test_begins_anew_after_a_move(programs: BpfObject) -> None:
+    arrive(programs)
+    assert send(programs, START) == "native"
+    arrive(programs, START + 5)
+    put_flow(programs, FLOW_NATIVE, path_number=1)
+    assert [send(programs, START + 5), send(programs, START + 5)] == ["native", "sal"]
+    arrive(programs, START + 5)
+    assert events(programs) == [FlowEvent.NATIVE_DOUBTED], "what went the old way proves nothing"
+
+
+def test_tells_a_proof_when_asked(programs: BpfObject) -> None:
+    put_flow(programs, FLOW_NATIVE | FLOW_TELL_PROOF)
+    arrive(programs)
+    send(programs, START)
+    for _ in range(2):
+        arrive(programs, START + 5)
+    assert events(programs) == [FlowEvent.NATIVE_PROVED]
+
+
+def test_accepts_but_does_not_send_without_the_flag(programs: BpfObject) -> None:
+    put_flow(programs, 0)
+    arrive(programs)
+    assert send(programs, START) == "sal"
+
+
+def test_a_superpacket_counts_as_what_it_is_on_the_wire(programs: BpfObject) -> None:
+    arrive(programs)
+    ports = VIRTUAL_PORT, OUR_FLOW & 0xFFFF
+    packet = ETHERNET + tcp(VIRTUAL_LOCAL, REMOTE, ports, START, 0, bytes(2500), tcp_segment.ACK)
+    programs.test_run("serval_out", packet, 0, 3)
+    state = FLOW_STATE.unpack(programs.map("flow_states").get(SLOT) or b"")
+    assert state[:2] == (3, 3 * 40 + 2500)
