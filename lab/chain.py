@@ -21,10 +21,14 @@ from typing import Any
 from lab.hosts import Argument, CommandFailed, Host, Lab
 from lab.traffic import PROJECT
 from lab.waiting import NeverHappened, wait_for
-from serval_core.stack_socket import StackNotRunning, StackSocketClient
+from serval_core.controller.settings import RegistrationSection
+from serval_core.stack_socket import RequestFailed, StackNotRunning, StackSocketClient
+from serval_core.wire.router_discovery import DISCOVERY_SERVICE
 
 COMMAND: tuple[Argument, ...] = (sys.executable, "-m", "translator")
 ASK_TIMEOUT_S = 5.0
+# Where service controllers listen, for each other.
+CONTROL_SERVICES = {str(RegistrationSection().client_id), str(RegistrationSection().router_id), DISCOVERY_SERVICE.text}
 
 
 class TranslatorProcess:
@@ -48,7 +52,7 @@ class TranslatorProcess:
             )
 
     def wait_ready(self, ports: Sequence[int] = (), demux_services: int = 0, timeout_s: float = 20.0) -> None:
-        """Return once it listens on the TCP `ports` and its stack offers that many services."""
+        """Return once it listens on the TCP `ports` and serves that many services, if only their targets work."""
 
         def observe() -> bool:
             if self.process.poll() is not None:
@@ -59,15 +63,25 @@ class TranslatorProcess:
             if not self.host.listening_ports().issuperset(ports):
                 return False
             try:
-                services = self.ask("services")
+                return self._served() >= demux_services
             except StackNotRunning:
                 return False
-            return sum("DEMUX" in json.dumps(service) for service in services) >= demux_services
 
         try:
             wait_for(observe, f"{self.name} on {self.host.name} to be ready", timeout_s)
         except NeverHappened as error:
             raise NeverHappened(f"{error}\n{self.log()}") from None
+
+    def _served(self) -> int:
+        """How many services are offered here, or would be if their legacy targets worked."""
+        bound = [
+            each["prefix"] for each in self.ask("services") if "DEMUX" in (rule["type"] for rule in each["targets"])
+        ]
+        try:
+            reverse_maps = sum(each["direction"] == "reverse" for each in self.ask("maps"))
+        except RequestFailed:  # no translator
+            reverse_maps = 0
+        return max(reverse_maps, len(set(bound) - CONTROL_SERVICES))
 
     def ask(self, request: str) -> Any:
         """What its stack socket answers: "flows", "services", "counters", "maps"."""

@@ -27,6 +27,28 @@ def section_option(section: str, key: str, *names: str, **attributes: Any) -> Ca
     return click.option(*names, f"{section}__{key}", **attributes)
 
 
+def routing_options(*short: str) -> Callable[[Function], Function]:
+    """`--router` and `--router-ip`, the latter also with these short names."""
+    role = section_option(
+        "router",
+        "enabled",
+        "--router/--no-router",
+        default=None,
+        help="Be a service router for others. [default: off]",
+    )
+    routers = section_option(
+        "registration",
+        "routers",
+        "--router-ip",
+        *short,
+        multiple=True,
+        metavar="IP",
+        help="Register at this service router, and ask it for services. Repeatable."
+        " [default: those that announce themselves]",
+    )
+    return lambda command: role(routers(command))
+
+
 def section_values(options: dict[str, Any]) -> dict[tuple[str, str], Any]:
     """What was given of the options that `section_option` made, by section and key."""
     given = {}

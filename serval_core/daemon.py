@@ -14,7 +14,7 @@ import msgspec
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.command_line import section_option
+from serval_core.command_line import routing_options, section_option
 from serval_core.configured_rules import parse_rule, rule_text
 from serval_core.daemon_config import LoadedDaemonFile, load, without_file
 from serval_core.descriptors import raise_descriptor_limit
@@ -50,18 +50,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     default=None,
     help="Ask all interfaces for services that no rule covers. [default: on]",
 )
-@section_option(
-    "router", "enabled", "--router/--no-router", default=None, help="Be a service router for others. [default: off]"
-)
-@section_option(
-    "registration",
-    "routers",
-    "--router-ip",
-    "-r",
-    multiple=True,
-    metavar="IP",
-    help="Register at this service router, and ask it for services. Repeatable. [default: those that announce themselves]",
-)
+@routing_options("-r")
 @section_option(
     "log", "level", "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]"
 )

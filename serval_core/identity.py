@@ -36,6 +36,13 @@ class Identity:
         self._key = key
         self.public_key = key.public_key().public_bytes_raw()
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same key."""
+        return isinstance(other, Identity) and self.public_key == other.public_key
+
+    def __hash__(self) -> int:
+        return hash(self.public_key)
+
     def sign(self, data: bytes) -> bytes:
         """The 64 bytes that prove that the owner of this key has said `data`."""
         return self._key.sign(data)

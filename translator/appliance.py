@@ -21,6 +21,7 @@ import structlog
 
 from serval_core.configured_rules import replace_rules, rule_text
 from serval_core.configured_stack import refuse_unknown_names, stack_settings
+from serval_core.controller.service_controller import ServiceController
 from serval_core.descriptors import raise_descriptor_limit
 from serval_core.errors import ServalError
 from serval_core.stack import ServalStack
@@ -96,6 +97,7 @@ class Appliance:
         options = SocketOptions(settings.legacy.tcp_nodelay, settings.legacy.keepalive_s)
         self.admission = Admission(connection_limit(settings, raise_descriptor_limit()))
         refuse_unknown_names(settings.stack)
+        controller_plan = settings.controller_plan()
         target_sets = [resolve_targets(reverse) for reverse in settings.reverses]
         self.acceptor = LegacyAcceptor(options, settings.legacy.backlog, self.admission, self._client)
         try:
@@ -106,10 +108,12 @@ class Appliance:
                     settings.stack, settings.timeouts.connect_s, settings.access, settings.mobility
                 )
             )
+            self.controller = ServiceController(self.stack, controller_plan)
             try:
-                self._start_on_stack(options, target_sets)
+                await self._start_on_stack(options, target_sets)
             except BaseException:
                 self._undo_all()
+                await self.controller.stop()
                 await self.stack.stop()
                 raise
         except BaseException:
@@ -121,9 +125,10 @@ class Appliance:
         gc.collect()
         gc.freeze()
 
-    def _start_on_stack(self, options: SocketOptions, target_sets: list[TargetSet]) -> None:
+    async def _start_on_stack(self, options: SocketOptions, target_sets: list[TargetSet]) -> None:
         settings, timeouts = self._settings, self._settings.timeouts
         replace_rules(self.stack.table, (), settings.rules, contextlib.ExitStack())
+        await self.controller.start()
         engine = SpliceEngine(
             idle_timeout_s=timeouts.idle_s,
             left_fin_timeout_s=timeouts.client_fin_s,
@@ -134,12 +139,14 @@ class Appliance:
         reset_unanswered = settings.legacy.no_answer == "reset"
         self.forward = ForwardSide(self.stack, self.relay, self.admission, reset_unanswered=reset_unanswered)
         self.dialer = TargetDialer(options, timeouts.target_connect_s)
-        self.reverse = ReverseSide(self.relay, self.admission, self.dialer)
+        self.reverse = ReverseSide(self.relay, self.admission, self.dialer, self.controller)
+        self._undo.append(self.reverse.close)
         self.stack.stack_socket.register("maps", lambda _: self.maps())
         self.stack.stack_socket.register("pairs", lambda _: self.relay.pairs())
         self.stack.stack_socket.register("translator_counters", lambda _: self.counters())
         for reverse, targets in zip(settings.reverses, target_sets, strict=True):
             self.reverse.serve(self.stack, reverse, targets, settings.stack.backlog)
+        self.reverse.watch(settings)
         self.acceptor.listen()
 
     def _undo_all(self) -> None:
@@ -227,6 +234,7 @@ class Appliance:
                 f"{each.service_text}={','.join(map(str, each.targets))}" for each in self._settings.reverses
             ],
             rules=[rule_text(rule) for rule in self._settings.rules],
+            routers=list(self._settings.registration.routers),
             connection_limit=self.admission.limit,
         )
         notify_systemd("READY=1")
@@ -273,10 +281,11 @@ class Appliance:
         """Take no more clients; wait for those that are here, until the deadline or "stop now"."""
         self.acceptor.take_waiting()
         self.acceptor.close()
-        self.reverse.close()
+        self.reverse.drain()
         if self._stop_now.is_set():
             return
         deadline_s = self._settings.timeouts.drain_s
+        await self._let_flows_begin(min(deadline_s, self.stack.settings.sal.request_expiry_s))
         if self.admission.active:
             log.info("draining", clients=self.admission.active, deadline_s=deadline_s)
             self.admission.on_empty = self._stop_now.set
@@ -288,6 +297,13 @@ class Appliance:
                     "the drain deadline is over: resetting what is left", clients=self.admission.active
                 )
         await self._let_flows_end()
+
+    async def _let_flows_begin(self, deadline_s: float) -> None:
+        """Clients whose handshake is under way believe, or will soon, that they are connected."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self.stack.half_open and not self._stop_now.is_set():
+                    await asyncio.sleep(FLOWS_END_CHECK_S)
 
     async def _let_flows_end(self) -> None:
         """The clients' connections are closed, but the last FINs of their flows may still be on their way."""
@@ -307,6 +323,7 @@ class Appliance:
         self.forward.give_up_all()
         self.reverse.give_up_all()
         self.relay.stop()
+        await self.controller.stop()
         await self.stack.stop()
         self._forget_signals()
         traffic = [

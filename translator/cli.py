@@ -16,7 +16,7 @@ import msgspec
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.command_line import section_option
+from serval_core.command_line import routing_options, section_option
 from serval_core.config_file import Names
 from serval_core.configured_rules import parse_rule, rule_text
 from translator import show as show_module
@@ -97,6 +97,14 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
     "--broadcast/--no-broadcast",
     default=None,
     help="Ask all interfaces for services that no --service covers. [default: on]",
+)
+@routing_options()
+@section_option(
+    "health",
+    "check",
+    "--health-check",
+    type=click.Choice(["connect", "none"]),
+    help="How legacy services are watched; a service without one that works is registered nowhere. [default: connect]",
 )
 @section_option(
     "legacy",
@@ -216,6 +224,8 @@ def check(file: Path) -> None:
         click.echo(f"reverse  {reverse.service_text} -> {', '.join(map(str, reverse.targets))}")
     for rule in settings.rules:
         click.echo(f"rule     {rule_text(rule)}")
+    for router in settings.registration.routers:
+        click.echo(f"router   {router}")
     click.echo(f"{file}: ok")
 
 

@@ -6,16 +6,14 @@ the sections of the file, so a key has the same name, default and range everywhe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import msgspec
 from msgspec import Meta, Struct
 
-from serval_core.access_policy import AccessRule
 from serval_core.config_file import Misconfigured
-from serval_core.config_sections import Backlog, LogSection, PositiveCount, Seconds, StackSection
-from serval_core.configured_rules import ServiceRule
-from serval_core.mobility_settings import MobilitySettings
+from serval_core.config_sections import Backlog, PositiveCount, Seconds
+from serval_core.program_settings import ProgramSettings
+from translator.health_settings import HealthSection
 from translator.port_map import ForwardMap, ReverseMap, refuse_contradictions
 
 CONNECTION_LIMIT = 20_000
@@ -50,24 +48,28 @@ class TimeoutsSection(Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: Seconds = 30.0  # from SIGTERM until what is still open is reset
 
 
-class Settings(Struct, frozen=True, kw_only=True):
+class Terms(NamedTuple):
+    """What a service is registered with."""
+
+    priority: int
+    weight: int
+
+
+class Settings(ProgramSettings, frozen=True, kw_only=True):
     """All an operator can say to one translator."""
 
     maps: tuple[ForwardMap, ...] = ()
     reverses: tuple[ReverseMap, ...] = ()
-    rules: tuple[ServiceRule, ...] = ()
-    stack: StackSection = StackSection()
-    mobility: MobilitySettings = MobilitySettings()
     legacy: LegacySection = LegacySection()
     limits: LimitsSection = LimitsSection()
     timeouts: TimeoutsSection = TimeoutsSection()
-    log: LogSection = LogSection()
-    access: tuple[AccessRule, ...] = ()
+    health: HealthSection = HealthSection()
 
     def checked(self) -> Settings:
         """These settings. Raises Misconfigured when they contradict each other or leave nothing to do."""
         refuse_contradictions(self.maps, self.reverses, self.rules)
-        if not self.maps and not self.reverses:
+        self.controller_plan()
+        if not self.maps and not self.reverses and not self.router.enabled:
             raise Misconfigured(
                 "nothing to do",
                 "give at least one --map PORT=ID or --reverse ID=HOST:PORT, or a --config FILE that has one"
@@ -75,13 +77,11 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
         return self
 
-    def with_values(self, values: dict[tuple[str, str], Any]) -> Settings:
-        """A copy in which the given (section, key) pairs have new values."""
-        sections: dict[str, dict[str, Any]] = {}
-        for (section, key), value in values.items():
-            sections.setdefault(section, {})[key] = value
-        replaced = {
-            section: msgspec.structs.replace(getattr(self, section), **keys)
-            for section, keys in sections.items()
-        }
-        return msgspec.structs.replace(self, **replaced)
+    def terms_of(self, reverse: ReverseMap) -> Terms:
+        """How a reverse map is registered."""
+        usual = self.registration
+        return Terms(reverse.priority or usual.priority, reverse.weight or usual.weight)
+
+    def health_of(self, reverse: ReverseMap) -> HealthSection:
+        """How its targets are watched."""
+        return reverse.health.over(self.health)

@@ -10,13 +10,14 @@ import typing
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from serval_core.config_file import ConfigFile, Names
-from serval_core.config_sections import AccessEntry, LogSection, StackSection, read_access, read_stack
-from serval_core.configured_rules import RuleEntry, read_rules
-from serval_core.mobility_settings import MobilitySection, read_mobility
+from serval_core.controller.settings import RuleNumber
+from serval_core.program_settings import ProgramFile, common_settings
 from translator.config import LegacySection, LimitsSection, Settings, TimeoutsSection
+from translator.health_settings import HealthOfMap, HealthSection
 from translator.port_map import ForwardMap, ReverseMap, forward_map, reverse_map
 
 
@@ -28,20 +29,18 @@ class _Map(Struct, forbid_unknown_fields=True):
 class _Reverse(Struct, forbid_unknown_fields=True):
     service: str | int
     targets: Annotated[list[str], Meta(min_length=1)]
+    weight: RuleNumber | None = None
+    priority: RuleNumber | None = None
+    health: HealthOfMap = HealthOfMap()
 
 
-class _File(Struct, forbid_unknown_fields=True):
-    services: dict[str, str | int] = {}
-    map: list[_Map] = []
-    reverse: list[_Reverse] = []
-    rule: list[RuleEntry] = []
-    stack: StackSection = StackSection()
-    mobility: MobilitySection = MobilitySection()
+class _File(ProgramFile, forbid_unknown_fields=True):
+    map: tuple[_Map, ...] = ()
+    reverse: tuple[_Reverse, ...] = ()
     legacy: LegacySection = LegacySection()
     limits: LimitsSection = LimitsSection()
     timeouts: TimeoutsSection = TimeoutsSection()
-    log: LogSection = LogSection()
-    access: list[AccessEntry] = []
+    health: HealthSection = HealthSection()
 
 
 class LoadedFile(typing.NamedTuple):
@@ -55,20 +54,20 @@ def load(path: Path) -> LoadedFile:
     """Read a configuration file. Raises Misconfigured."""
     file = ConfigFile(path)
     content = file.read(_File)
-    names = file.names(content.services)
+    common = common_settings(file, content)
     settings = Settings(
-        maps=tuple(_map(file, index, each, names) for index, each in enumerate(content.map)),
-        reverses=tuple(_reverse(file, index, each, names) for index, each in enumerate(content.reverse)),
-        rules=read_rules(file, content.rule, names),
-        stack=read_stack(file, content.stack, names),
-        mobility=read_mobility(file, content.mobility, names),
+        **msgspec.structs.asdict(common),
+        maps=tuple(_map(file, index, each, common.names) for index, each in enumerate(content.map)),
+        reverses=tuple(
+            _reverse(file, index, each, common.names) for index, each in enumerate(content.reverse)
+        ),
         legacy=content.legacy,
         limits=content.limits,
         timeouts=content.timeouts,
-        log=content.log,
-        access=read_access(file, content.access, names),
+        health=content.health,
     )
-    return LoadedFile(settings, names)
+    settings.controller_plan(file.place)
+    return LoadedFile(settings, common.names)
 
 
 def _map(file: ConfigFile, index: int, each: _Map, names: Names) -> ForwardMap:
@@ -78,4 +77,5 @@ def _map(file: ConfigFile, index: int, each: _Map, names: Names) -> ForwardMap:
 
 def _reverse(file: ConfigFile, index: int, each: _Reverse, names: Names) -> ReverseMap:
     service, targets = file.place("reverse", index, "service"), file.place("reverse", index, "targets")
-    return reverse_map(str(each.service), each.targets, names, service, targets)
+    read = reverse_map(str(each.service), each.targets, names, service, targets)
+    return read._replace(weight=each.weight, priority=each.priority, health=each.health)

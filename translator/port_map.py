@@ -15,6 +15,7 @@ from typing import NamedTuple
 from serval_core.config_file import Misconfigured, Names, service_prefix
 from serval_core.configured_rules import ServiceRule, refuse_repeated_rules, split_assignment
 from serval_core.names import DEFAULT_SERVICE, ServiceID, ServicePrefix
+from translator.health_settings import HealthOfMap
 
 PORT_MAX = 65535
 EVERY_ADDRESS = ""
@@ -55,12 +56,18 @@ class LegacyTarget(NamedTuple):
 
 
 class ReverseMap(NamedTuple):
-    """Serval flows to any serviceID under `prefix` go to one of `targets` (never empty)."""
+    """Serval flows to any serviceID under `prefix` go to one of `targets` (never empty).
+
+    `weight` and `priority` are those it is registered with; None: those of `[registration]`.
+    """
 
     prefix: ServicePrefix
     targets: tuple[LegacyTarget, ...]
     service_text: str
     origin: str
+    weight: int | None = None
+    priority: int | None = None
+    health: HealthOfMap = HealthOfMap()
 
 
 def host_text(host: str) -> str:

@@ -1,8 +1,9 @@
 """What of a configuration that was read again takes effect while the translator runs?
 
-Maps, reverse maps, rules, access rules and mobility do. What is new is made first: names looked up, ports opened,
-prefixes listened on, rules put in. Only when all of that has succeeded is given up what is no longer wanted, so a
-refusal leaves everything as it was. No connection notices: those of a map that is gone live on until they end by themselves.
+Maps, reverse maps, their health checks and registrations, rules, access rules and mobility do. What is new is made
+first: names looked up, ports opened, prefixes listened on, rules put in. Only when all of that has succeeded is
+given up what is no longer wanted, so a refusal leaves everything as it was. No connection notices: those of a map
+that is gone live on until they end by themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from translator.targets import TargetSet, resolve_targets
 
 ReadAgain = Callable[[], Settings]
 
-_CHANGEABLE = frozenset({"maps", "reverses", "rules", "access", "mobility"})
+_CHANGEABLE = frozenset({"maps", "reverses", "rules", "access", "mobility", "health", "names"})
 
 
 class Parts(NamedTuple):
@@ -71,6 +72,8 @@ def refuse_fixed_changes(running: Settings, wanted: Settings) -> None:
                 for key in msgspec.structs.fields(before)
                 if getattr(before, key.name) != getattr(after, key.name)
             ]
+    if not differ and running.controller_plan() != wanted.controller_plan():
+        differ.append("a service name or key file that [registration], [router] or [resolver] refers to")
     if differ:
         raise Misconfigured(
             ", ".join(differ), "cannot change while the translator runs; restart it, or take the change back"
@@ -96,5 +99,5 @@ def put_into_effect(parts: Parts, running: Settings, wanted: Wanted) -> list[Ret
     parts.stack.mobility.settings = settings.mobility
     return [
         *(Retired("forward", gone) for gone in parts.acceptor.replace(ports)),
-        *(Retired("reverse", gone) for gone in parts.reverse.replace(settings.reverses, target_sets)),
+        *(Retired("reverse", gone) for gone in parts.reverse.replace(settings, target_sets)),
     ]

@@ -13,17 +13,26 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
 
 from serval_core.config_file import Misconfigured
 from serval_core.connection import Connection, Listener, PendingConnect
 from serval_core.errors import OurMistake
+from serval_core.names import ServicePrefix
 from serval_core.stack import ServalStack
 from translator.accounting import Admission, MapTraffic
 from translator.complaint import Complaint
+from translator.config import Settings, Terms
+from translator.health import HealthChecker
+from translator.health_settings import HealthSection
 from translator.legacy_side import Address, MappedPort, address_text
 from translator.port_map import ReverseMap
 from translator.relay import Pair, Relay
 from translator.targets import Dial, Target, TargetDialer, TargetSet
+
+log = structlog.get_logger("translator")
 
 # How long a client must have been waiting for its flow before it is watched for going away.
 WATCH_AFTER_S = 0.5
@@ -194,10 +203,20 @@ class ReversePair(Pair):
                 self.connection.on_ended = None
 
 
-class ServedPrefix:
-    """One reverse map at work."""
+class Registrar(Protocol):
+    """Who tells service routers what is served here: the service controller."""
 
-    __slots__ = ("complaint", "listener", "map", "side", "targets", "traffic")
+    def withhold(self, prefix: ServicePrefix, *, withheld: bool) -> None:
+        """Do not register what listens on `prefix`; or do so again."""
+
+    def set_terms(self, prefix: ServicePrefix, priority: int, weight: int) -> None:
+        """Register it with these."""
+
+
+class ServedPrefix:
+    """One reverse map at work: a listener, its registration, its targets and what watches them."""
+
+    __slots__ = ("checker", "complaint", "listener", "map", "side", "targets", "traffic")
 
     def __init__(self, side: ReverseSide, reverse: ReverseMap, targets: TargetSet) -> None:
         self.side = side
@@ -206,12 +225,38 @@ class ServedPrefix:
         self.traffic = _traffic(reverse)
         self.complaint = Complaint()
         self.listener: Listener | None = None
+        self.checker: HealthChecker | None = None
+
+    def listen(self, stack: ServalStack, backlog: int) -> None:
+        """Accept flows, and register the service once a target is known to be up. Raises OurMistake."""
+        prefix = self.map.prefix
+        self.side.registrar.withhold(prefix, withheld=True)
+        self.listener = stack.listen(prefix, self.flow, backlog)
+
+    def watch(self, terms: Terms, health: HealthSection) -> None:
+        """Register with these `terms`, and watch the targets like this from now on."""
+        if self.checker is not None:
+            self.checker.stop()
+        self.side.registrar.set_terms(self.map.prefix, terms.priority, terms.weight)
+        self.checker = HealthChecker(self.map.service_text, self.targets, health, self._health_changed)
+        self.checker.start()
+        self._health_changed()
+
+    def drain(self) -> None:
+        """Let no new flows begin; those that have begun are still accepted."""
+        if self.checker is not None:
+            self.checker.stop()
+        if self.listener is not None:
+            self.listener.set_refusing(True)
 
     def close(self) -> None:
         """Accept no more flows; those that were accepted live on."""
+        if self.checker is not None:
+            self.checker.stop()
         if self.listener is not None:
             self.listener.close()
             self.listener = None
+            self.side.registrar.withhold(self.map.prefix, withheld=False)
 
     def change(self, reverse: ReverseMap, targets: TargetSet) -> MapTraffic | None:
         """Take new flows to other targets; returns the account of the map as it was, if it differs."""
@@ -221,6 +266,19 @@ class ServedPrefix:
             return None
         gone, self.traffic = self.traffic, _traffic(reverse)
         return gone
+
+    def _health_changed(self) -> None:
+        """With every target down the service is elsewhere, if anywhere: clients are told so, and routers."""
+        assert self.listener is not None
+        try:
+            self.listener.set_refusing(not self.targets.usable)
+        except OurMistake as mistake:
+            log.error(
+                "a service that works again is not served", service=self.map.service_text, why=str(mistake)
+            )
+        assert self.checker is not None
+        offered = self.targets.proven or not self.checker.checks
+        self.side.registrar.withhold(self.map.prefix, withheld=not offered)
 
     def flow(self, connection: Connection) -> None:
         """The stack accepted a flow."""
@@ -246,34 +304,46 @@ def _traffic(reverse: ReverseMap) -> MapTraffic:
 class ReverseSide:
     """Serval flows in, legacy connections out."""
 
-    def __init__(self, relay: Relay, admission: Admission, dialer: TargetDialer) -> None:
+    def __init__(
+        self, relay: Relay, admission: Admission, dialer: TargetDialer, registrar: Registrar
+    ) -> None:
         self.relay = relay
         self.admission = admission
         self.dialer = dialer
+        self.registrar = registrar
         self.dialing: set[ReversePair] = set()
         self.served: list[ServedPrefix] = []
 
     def serve(
         self, stack: ServalStack, reverse: ReverseMap, targets: TargetSet, backlog: int
     ) -> ServedPrefix:
-        """Listen on the map's prefix. Raises Misconfigured when the stack refuses it."""
+        """Listen on the map's prefix; `watch` follows. Raises Misconfigured when the stack refuses it."""
         served = ServedPrefix(self, reverse, targets)
         try:
-            served.listener = stack.listen(reverse.prefix, served.flow, backlog)
+            served.listen(stack, backlog)
         except OurMistake as mistake:
             raise Misconfigured(reverse.origin, str(mistake)) from None
         self.served.append(served)
         return served
+
+    def watch(self, settings: Settings) -> None:
+        """Register what is served with the terms of `settings`, and check its targets as they say."""
+        for served in self.served:
+            served.watch(settings.terms_of(served.map), settings.health_of(served.map))
 
     def stop_serving(self, served: ServedPrefix) -> None:
         """Give one prefix up."""
         served.close()
         self.served.remove(served)
 
-    def replace(self, reverses: Sequence[ReverseMap], target_sets: Sequence[TargetSet]) -> list[MapTraffic]:
-        """Serve these instead, all of whose prefixes are served already; returns the accounts of what is gone."""
+    def replace(self, settings: Settings, target_sets: Sequence[TargetSet]) -> list[MapTraffic]:
+        """Serve the maps of `settings` instead, all of whose prefixes are served already.
+
+        Returns the accounts of what is gone.
+        """
         wanted = {
-            reverse.prefix: (reverse, targets) for reverse, targets in zip(reverses, target_sets, strict=True)
+            reverse.prefix: (reverse, targets)
+            for reverse, targets in zip(settings.reverses, target_sets, strict=True)
         }
         gone: list[MapTraffic] = []
         for served in list(self.served):
@@ -282,7 +352,13 @@ class ReverseSide:
                 gone.append(served.traffic)
             elif (account := served.change(*wanted[served.map.prefix])) is not None:
                 gone.append(account)
+        self.watch(settings)
         return gone
+
+    def drain(self) -> None:
+        """Let no new flows begin; those that have begun are still accepted."""
+        for served in self.served:
+            served.drain()
 
     def close(self) -> None:
         """Accept no more flows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,20 +50,40 @@ def show(
 
 
 def _map_table(maps: Sequence[Row]) -> Table:
-    table = new_table("", "from", "to", ">clients now", ">in all", "ended", ">bytes to / from service")
+    table = new_table(
+        "", "from", "to", "health", ">clients now", ">in all", "ended", ">bytes to / from service"
+    )
     for each in maps:
-        avoided = [target["target"] for target in each["targets"] if target["avoided"]]
         ends = [f"{each[key]} {words}" for key, words in _ENDS.items() if each[key]]
         table.add_row(
             str(each["direction"]),
             escape(str(each["listen"]) + (" (removed)" if each["removed"] else "")),
-            escape(str(each["service"]) + (f" (down: {', '.join(avoided)})" if avoided else "")),
+            escape(str(each["service"])),
+            escape(_health(each["targets"])),
             str(each["active"]),
             str(each["connections"]),
             ", ".join(ends),
             _both_bytes(each),
         )
     return table
+
+
+def _health(targets: Sequence[Row]) -> str:
+    """`up`, `2 up`, or who is down and why; empty for a map without targets."""
+    told = [
+        f"{target['target']} down: {target['down_because']}"
+        for target in targets
+        if target["health"] == "down"
+    ]
+    # Of targets that are not checked, those are told that real connections avoid just now.
+    told += [
+        f"{target['target']} avoided"
+        for target in targets
+        if target["avoided"] and target["health"] != "down"
+    ]
+    counted = Counter(target["health"] for target in targets if target["health"] != "down")
+    alike = [state if len(targets) == 1 else f"{count} {state}" for state, count in counted.items()]
+    return ", ".join([*alike, *told])
 
 
 def _both_bytes(row: Row) -> str:

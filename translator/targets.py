@@ -1,14 +1,16 @@
 """How is an unmodified service reached, and what if it is down?
 
-`TargetSet` knows the targets of one reverse map: they take turns, and one that has just failed comes last for
-a while. `TargetDialer` opens the TCP connections: nonblocking, next target on refusal, one deadline for all.
-A connection to this host is usually complete when connect(2) returns, and then no event loop is involved.
+`TargetSet` knows the targets of one reverse map: they take turns, one that has just failed comes last for a
+while, and one that is down (`health`) gets no connections. `TargetDialer` opens the TCP connections:
+nonblocking, next target on refusal, one deadline for all. A connection to this host is usually complete when
+connect(2) returns, and then no event loop is involved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +23,58 @@ from translator.port_map import LegacyTarget, ReverseMap
 AVOID_S = 5.0
 _UNDECIDED = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
+_HEALTH = {None: "not checked", True: "up", False: "down"}
+
 OnTarget = Callable[[socket.socket, "Target"], None]
 OnNoTarget = Callable[[int], None]
 
 
-class Target:
-    """One address of one target."""
+class TargetHealth:
+    """Whether a target works, as far as is known. `up` None: not known; `errno`: what was wrong last."""
 
-    __slots__ = ("avoid_until_s", "connections", "failures", "family", "socket_address", "text")
+    __slots__ = ("contradictions", "errno", "up")
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known any more."""
+        self.up: bool | None = None
+        self.contradictions = 0  # results in a row that speak against `up`
+        self.errno = 0
+
+    def learn(self, code: int, needed: int) -> bool:
+        """Take a result: the errno of connecting, 0 if the target works. Whether `up` has changed.
+
+        The first result decides at once, later ones when `needed` in a row contradict what was believed.
+        """
+        works = code == 0
+        if not works:
+            self.errno = code
+        if works == self.up:
+            self.contradictions = 0
+            return False
+        self.contradictions += 1
+        if self.up is not None and self.contradictions < needed:
+            return False
+        self.up = works
+        self.contradictions = 0
+        return True
+
+
+class Target:
+    """One address of one target. `on_outcome(target, errno)` is told of failures, and (0) of the success after one."""
+
+    __slots__ = (
+        "avoid_until_s",
+        "connections",
+        "failures",
+        "family",
+        "health",
+        "on_outcome",
+        "socket_address",
+        "text",
+    )
 
     def __init__(self, text: str, family: int, socket_address: Any) -> None:
         self.text = text
@@ -37,6 +83,21 @@ class Target:
         self.avoid_until_s = 0.0
         self.connections = 0
         self.failures = 0
+        self.health = TargetHealth()
+        self.on_outcome: Callable[[Target, int], None] | None = None
+
+    def connected(self) -> None:
+        """A connection was opened."""
+        self.connections += 1
+        if self.health.contradictions and self.on_outcome is not None:
+            self.on_outcome(self, 0)
+
+    def failed(self, code: int, now: float) -> None:
+        """A connection could not be opened."""
+        self.failures += 1
+        self.avoid_until_s = now + AVOID_S
+        if self.on_outcome is not None:
+            self.on_outcome(self, code)
 
     def as_dict(self, now: float) -> dict[str, object]:
         """For JSON."""
@@ -45,17 +106,34 @@ class Target:
             "connections": self.connections,
             "failures": self.failures,
             "avoided": now < self.avoid_until_s,
+            "health": _HEALTH[self.health.up],
+            "down_because": os.strerror(self.health.errno) if self.health.up is False else None,
         }
 
 
 class TargetSet:
     """The targets of one reverse map, in turn."""
 
-    __slots__ = ("_next", "targets")
+    __slots__ = ("_next", "_usable", "targets")
 
     def __init__(self, targets: list[Target]) -> None:
         self.targets = targets
         self._next = 0
+        self.health_changed()
+
+    @property
+    def usable(self) -> bool:
+        """Whether any target is not known to be down."""
+        return bool(self._usable)
+
+    @property
+    def proven(self) -> bool:
+        """Whether any target is known to be up."""
+        return any(each.health.up for each in self.targets)
+
+    def health_changed(self) -> None:
+        """Call it when a target went up or down."""
+        self._usable = [each for each in self.targets if each.health.up is not False]
 
     def succeed(self, earlier: TargetSet) -> None:
         """Take the place of `earlier`: what was known of a target that is still there stays known."""
@@ -63,13 +141,14 @@ class TargetSet:
         self.targets = [
             known.get((each.text, each.family, each.socket_address), each) for each in self.targets
         ]
+        self.health_changed()
 
     def in_order(self, now: float) -> list[Target]:
-        """All targets, those to be avoided last, otherwise beginning with the one whose turn it is."""
-        targets = self.targets
-        if len(targets) == 1:
+        """All that are not down, those to be avoided last, otherwise beginning with the one whose turn it is."""
+        targets = self._usable
+        if len(targets) < 2:
             return targets
-        start = self._next
+        start = self._next % len(targets)
         self._next = (start + 1) % len(targets)
         turned = targets[start:] + targets[:start]
         if any(target.avoid_until_s > now for target in turned):
@@ -156,7 +235,7 @@ class Dial:
                 # On loopback the handshake was done inside connect(2), after its result was determined.
                 code = connection.connect_ex(target.socket_address)
             if code == 0:
-                target.connections += 1
+                target.connected()
                 self._on_target(connection, target)
                 return
             if code in _UNDECIDED:
@@ -165,7 +244,7 @@ class Dial:
                 self._dialer.wait_for(self, connection)
                 return
             connection.close()
-            self._dialer.failed(target, now)
+            target.failed(code, now)
 
     def decided(self) -> None:
         """The socket became writable: connected or refused."""
@@ -175,18 +254,18 @@ class Dial:
         if code:
             self._forget_socket()
             now = self._dialer.time()
-            self._dialer.failed(target, now)
+            target.failed(code, now)
             self.try_next(now, code)
             return
         self._dialer.forget(self, connection)
         self._socket = None
-        target.connections += 1
+        target.connected()
         self._on_target(connection, target)
 
     def too_late(self, now: float) -> None:
         """The present target did not answer in its share of the time."""
         self._forget_socket()
-        self._dialer.failed(self._candidates[self._position], now)
+        self._candidates[self._position].failed(errno.ETIMEDOUT, now)
         self.try_next(now, errno.ETIMEDOUT)
 
     def _forget_socket(self) -> None:
@@ -222,11 +301,6 @@ class TargetDialer:
         """End what took too long; call it a few times per second."""
         for dial in [each for each in self._waiting if each.deadline_s <= now]:
             dial.too_late(now)
-
-    def failed(self, target: Target, now: float) -> None:
-        """Remember that a target did not answer."""
-        target.failures += 1
-        target.avoid_until_s = now + AVOID_S
 
     def wait_for(self, dial: Dial, connection: socket.socket) -> None:
         """Watch an undecided socket."""

@@ -24,6 +24,8 @@ from translator_pair import (
 from lab.waiting import wait_for
 from translator.legacy_side import reset
 
+UNCHECKED = ("--health-check", "none")
+
 
 def test_several_maps_both_directions_and_both_ip_versions_in_one_process(pair: Pair) -> None:
     """Client, forward map, reverse map and service on the same host: the stack delivers to itself."""
@@ -139,7 +141,7 @@ def test_a_client_that_has_sent_all_before_it_is_connected_gets_its_answer(pair:
 
 
 def test_a_target_that_is_down_is_a_reset_and_the_next_one_is_taken(pair: Pair) -> None:
-    reverse = pair.reverse("127.0.0.1:80,127.0.0.1:81")
+    reverse = pair.reverse("127.0.0.1:80,127.0.0.1:81", *UNCHECKED)
     pair.forward()
     assert pair.dial_in_vain() == "reset"
     wait_counter(reverse, "clients", 0)
@@ -153,7 +155,7 @@ def test_a_target_that_is_down_is_a_reset_and_the_next_one_is_taken(pair: Pair) 
 
 
 def test_targets_take_turns(pair: Pair) -> None:
-    reverse = pair.reverse("127.0.0.1:80,127.0.0.1:81")
+    reverse = pair.reverse("127.0.0.1:80,127.0.0.1:81", *UNCHECKED)
     pair.forward()
     listeners = [pair.listen(80), pair.listen(81)]
     for number in range(4):
@@ -163,7 +165,7 @@ def test_targets_take_turns(pair: Pair) -> None:
 
 def test_a_silent_target_ends_in_a_reset_within_its_timeout(pair: Pair) -> None:
     with silent_service(pair, 80):
-        reverse = pair.reverse("127.0.0.1:80", "--target-timeout", "0.4")
+        reverse = pair.reverse("127.0.0.1:80", "--target-timeout", "0.4", *UNCHECKED)
         pair.forward()
         assert pair.dial_in_vain() == "reset"
         wait_counter(reverse, "clients", 0)
@@ -172,7 +174,7 @@ def test_a_silent_target_ends_in_a_reset_within_its_timeout(pair: Pair) -> None:
 
 def test_a_client_that_goes_away_while_its_target_is_dialled_is_forgotten(pair: Pair) -> None:
     with silent_service(pair, 80):
-        reverse = pair.reverse("127.0.0.1:80", "--target-timeout", "60")
+        reverse = pair.reverse("127.0.0.1:80", "--target-timeout", "60", *UNCHECKED)
         pair.forward()
         client = pair.dial()
         wait_counter(reverse, "flows_waiting_for_targets", 1)

@@ -170,10 +170,11 @@ def test_a_service_moves_to_another_target_and_away(pair: Pair) -> None:
 
 def test_what_is_known_of_a_target_outlives_a_reload(pair: Pair) -> None:
     listener = pair.listen(81)
-    site = Site(pair, reverse_of("127.0.0.1:80", "127.0.0.1:81"), services=1)
+    unchecked = "[health]\ncheck = 'none'\n"
+    site = Site(pair, reverse_of("127.0.0.1:80", "127.0.0.1:81") + unchecked, services=1)
     pair.forward()
     pair.talk(listener)
-    site.reload(reverse_of("127.0.0.1:82", "127.0.0.1:80"))
+    site.reload(reverse_of("127.0.0.1:82", "127.0.0.1:80") + unchecked)
     now, before = site.process.ask("maps")
     assert (now["removed"], before["removed"]) == (False, True)
     targets = {each["target"]: each["failures"] for each in now["targets"]}
@@ -223,7 +224,7 @@ def test_a_mistake_leaves_everything_as_it_was(pair: Pair, text: str, complaint:
     server = pair.accept(listener)
 
     def seen() -> tuple[object, ...]:
-        rules = [(each["prefix"], len(each["targets"])) for each in site.process.ask("services")]
+        rules = {(each["prefix"], len(each["targets"])) for each in site.process.ask("services")}
         return pair.near.listening_ports(), rules, only_map(site.process)["listen"]
 
     before = seen()
