@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 
 import pytest
 
 from lab.hosts import Host, Lab
 from lab.waiting import wait_for
+from serval_core.datagrams import DatagramFlow
+from serval_core.names import FlowID, parse_service
 from serval_core.sal_settings import SalSettings
 from tests.serval_core.stack_thread import StackThread, Stream
-from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, two_paths
+from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, cut, two_paths
 
 SERVICE = "76568"
 QUICK = SalSettings(
@@ -60,3 +63,96 @@ def test_either_end_moves_a_live_transfer(ends: Ends) -> None:
     assert (flow["migration"], flow["migrations"]) == ("INITIAL", 2)
     assert transfer.finish() > 0
     ends.close()
+
+
+@pytest.mark.parametrize("upload", [True, False], ids=["the mover sends", "the mover receives"])
+def test_a_transfer_goes_on_after_its_path_has_died(ends: Ends, upload: bool) -> None:
+    """The router drops everything without a word, TCP repeats in vain, then the client moves."""
+    transfer = Transfer(ends.near, ends.far) if upload else Transfer(ends.far, ends.near)
+    wait_for(lambda: transfer.received_bytes > 1_000_000, "the transfer has begun")
+    cut(ends.router, "eth0")
+    sender = ends.client if upload else ends.server
+    flow_id = FlowID(ends.near_id if upload else ends.far_id)
+    wait_for(lambda: _timeouts(sender, flow_id) >= 2, "two timeouts")
+    assert ends.near_mover.move(ends.near_id, "eth1")["address"] == CLIENT[1]
+    before = transfer.received_bytes
+    wait_for(lambda: transfer.received_bytes > before + 1_000_000, "the transfer goes on")
+    transfer.finish()
+    ends.close()
+
+
+def _timeouts(stack: StackThread, flow_id: FlowID) -> int:
+    seen = stack.call(lambda: stack.stack._dataplane.look(flow_id))
+    return 0 if seen is None else seen.timeouts
+
+
+def test_a_smaller_mtu_of_the_new_path_is_obeyed(lab: Lab) -> None:
+    """The second wires carry 1280 bytes. Both ends move, so each sees its own limit."""
+    hosts = two_paths(lab, second_mtu=1280)
+    with StackThread(hosts[0], sal=QUICK) as client, StackThread(hosts[1], sal=QUICK) as server:
+        ends = Ends(hosts, client, server)
+        transfers = Transfer(ends.near, ends.far), Transfer(ends.far, ends.near)
+        ends.near_mover.move(ends.near_id, "eth1")
+        ends.far_mover.move(ends.far_id, "eth1")
+        before = [each.received_bytes for each in transfers]
+        for transfer, bytes_before in zip(transfers, before, strict=True):
+            wait_for(lambda t=transfer, b=bytes_before: t.received_bytes > b + 3_000_000, "data on the new path")
+            transfer.finish()
+        ends.close()
+
+
+def test_a_hundred_migrations_under_load(ends: Ends) -> None:
+    """Both ends to and fro, make before break, while both directions carry data: every byte arrives, in order."""
+    transfers = Transfer(ends.near, ends.far), Transfer(ends.far, ends.near)
+    for number in range(50):
+        interface = ("eth1", "eth0")[number % 2]
+        ends.near_mover.begin(ends.near_id, interface)
+        ends.far_mover.begin(ends.far_id, interface)
+        assert ends.near_mover.outcome(ends.near_id, "local")["event"] == "flow_migrated"
+        assert ends.far_mover.outcome(ends.far_id, "local")["event"] == "flow_migrated"
+    before = [each.received_bytes for each in transfers]
+    wait_for(lambda: all(each.received_bytes > b for each, b in zip(transfers, before, strict=True)), "data")
+    for transfer in transfers:
+        assert transfer.finish() > 0
+    ends.close()
+
+
+def test_a_move_during_the_close(ends: Ends) -> None:
+    """The FIN is out and its ACK is not in when the flow moves."""
+    transfer = Transfer(ends.near, ends.far)
+    wait_for(lambda: transfer.received_bytes > 1_000_000, "the transfer has begun")
+    transfer.finish()
+    ends.near_mover.begin(ends.near_id, "eth1")
+    ends.near_mover.outcome(ends.near_id, "local")
+    back = Transfer(ends.far, ends.near)  # half closed, the other direction goes on
+    wait_for(lambda: back.received_bytes > 1_000_000, "data the other way")
+    ends.far_mover.move(ends.far_id, address=SERVER[1])
+    back.finish()
+    ends.close()
+
+
+def test_a_connected_datagram_flow_moves(lab: Lab) -> None:
+    hosts = two_paths(lab)
+    with StackThread(hosts[0], sal=QUICK) as client, StackThread(hosts[1], sal=QUICK) as server:
+        flows: queue.Queue[DatagramFlow] = queue.Queue()
+        received: queue.Queue[bytes] = queue.Queue()
+
+        def accepted(flow: DatagramFlow) -> None:
+            flow.on_datagram = received.put
+            flows.put(flow)
+
+        prefix = parse_service(SERVICE)
+        server.call(lambda: server.stack.datagrams.listen(prefix, accepted))
+        client.forward(SERVICE, SERVER[0])
+        connect = client.stack.datagrams.connect
+        client.call(lambda: connect(prefix.service_id, flows.put, lambda code, why: None))
+        near, far = sorted((flows.get(timeout=5), flows.get(timeout=5)), key=lambda each: each.local_address)
+        near_mover, far_mover = Mover(client), Mover(server)
+        assert near_mover.move(near.flow_id, "eth1")["address"] == CLIENT[1]
+        assert far_mover.outcome(far.flow_id, "peer")["address"] == CLIENT[1]
+        cut(hosts[2], "eth0")
+        assert client.call(lambda: near.send(b"over the other one")) == 0
+        assert received.get(timeout=5) == b"over the other one"
+        assert far.peer_address == near.local_address
+        client.call(near.close)
+        server.call(far.close)

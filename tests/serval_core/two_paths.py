@@ -31,6 +31,16 @@ def two_paths(lab: Lab, mtu: int = 1500, second_mtu: int = 0) -> tuple[Host, Hos
     return client, server, router
 
 
+def cut(router: Host, interface: str) -> None:
+    """From now on nothing gets through the router by this interface, and nobody is told."""
+    rules = f"""table ip cut {{
+        chain forward {{
+            type filter hook forward priority 0; policy accept; iifname {interface} drop; oifname {interface} drop
+        }}
+    }}"""
+    router.run(["nft", "-f", "-"], input=rules)
+
+
 class Mover:
     """Moves flows of a stack, and waits for what comes of it."""
 
