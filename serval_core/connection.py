@@ -6,19 +6,27 @@ They know nothing but their owner, the stack, which does the work. All calls and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from serval_core.dataplane.kernel import FlowCounters
 from serval_core.effects import OpenTransport
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.unattended import Holder
 
+C = TypeVar("C")
 OnAccept = Callable[["Connection"], None]
 OnConnected = Callable[["Connection"], None]
 OnFailed = Callable[[int, str], None]
 
 
-class Owner(Protocol):
+class AttemptOwner(Protocol):
+    """What attempts to connect ask of whoever makes them."""
+
+    def connect_cancelled(self, pending: Any) -> None:
+        """The application gave up waiting; `pending` is an attempt that this owner has made."""
+
+
+class Owner(AttemptOwner, Protocol):
     """What the handles ask of the stack."""
 
     def connection_released(self, connection: Connection) -> None:
@@ -32,9 +40,6 @@ class Owner(Protocol):
 
     def connection_taken(self, connection: Connection) -> None:
         """It leaves its listener's backlog."""
-
-    def connect_cancelled(self, pending: PendingConnect) -> None:
-        """The application gave up waiting."""
 
     def listener_refuses(self, listener: Listener, refusing: bool) -> None:
         """The application wants no new flows for a while, or wants them again."""
@@ -104,17 +109,17 @@ class Connection:
         return self._owner.flow_counters(self.flow_id)
 
 
-class PendingConnect:
-    """A connect() that has not been decided yet."""
+class Attempt(Generic[C]):
+    """A connect that has not been decided yet; it leads to a C."""
 
     __slots__ = ("_owner", "flow_id", "on_connected", "on_failed", "service_id")
 
     def __init__(
         self,
-        owner: Owner,
+        owner: AttemptOwner,
         flow_id: FlowID,
         service_id: ServiceID,
-        on_connected: OnConnected,
+        on_connected: Callable[[C], None],
         on_failed: OnFailed,
     ) -> None:
         self._owner = owner
@@ -126,6 +131,12 @@ class PendingConnect:
     def cancel(self) -> None:
         """Give up; neither callback will be called. Does nothing once it was decided."""
         self._owner.connect_cancelled(self)
+
+
+class PendingConnect(Attempt[Connection]):
+    """A connect of a stream."""
+
+    __slots__ = ()
 
 
 class Listener:

@@ -20,7 +20,7 @@ from serval_core.daemon_config import DaemonSettings
 from serval_core.dataplane.kernel import KernelDataPlane
 from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
 from serval_core.stack import ServalStack
-from serval_core.stack_socket import StackSocketServer
+from serval_core.stack_socket_server import StackSocketServer
 from serval_core.systemd import inherited_sockets, notify_systemd
 
 log = structlog.get_logger("servald")

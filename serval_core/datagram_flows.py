@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from serval_core.connection import Attempt, OnFailed
 from serval_core.effects import (
     Accepted,
     Connected,
@@ -26,7 +27,6 @@ from serval_core.sal import ServiceAccessLayer
 from serval_core.wire.sal import PROTOCOL_UDP
 
 OnAccept = Callable[["DatagramFlow"], None]
-OnFailed = Callable[[int, str], None]
 
 
 class DatagramFlow:
@@ -87,28 +87,10 @@ class DatagramFlow:
                 self.on_ended(errno)
 
 
-class PendingDatagramFlow:
-    """A connect that has not been decided yet."""
+class PendingDatagramFlow(Attempt[DatagramFlow]):
+    """A connect of a UDP flow."""
 
-    __slots__ = ("_owner", "flow_id", "on_connected", "on_failed", "service_id")
-
-    def __init__(
-        self,
-        owner: DatagramFlows,
-        flow_id: FlowID,
-        service_id: ServiceID,
-        on_connected: OnAccept,
-        on_failed: OnFailed,
-    ) -> None:
-        self._owner = owner
-        self.flow_id = flow_id
-        self.service_id = service_id
-        self.on_connected = on_connected
-        self.on_failed = on_failed
-
-    def cancel(self) -> None:
-        """Give up; neither callback will be called. Does nothing once it was decided."""
-        self._owner.cancelled(self)
+    __slots__ = ()
 
 
 class DatagramListener:
@@ -208,7 +190,7 @@ class DatagramFlows:
             self._sal.abort(flow.flow_id, self._host.now())
             self._host.run_effects()
 
-    def cancelled(self, pending: PendingDatagramFlow) -> None:
+    def connect_cancelled(self, pending: PendingDatagramFlow) -> None:
         """Nobody waits for a connect any more."""
         if self._pending.pop(pending.flow_id, None) is not None:
             self._sal.cancel_connect(pending.flow_id, self._host.now())

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from serval_core.connected_datagrams import FLOW_PAYLOAD_BYTES_MAX
+from serval_core.connection import OnFailed
 from serval_core.datagram_flows import (
     DatagramFlow,
     DatagramFlows,
     DatagramListener,
     Host,
     OnAccept,
-    OnFailed,
     PendingDatagramFlow,
 )
 from serval_core.effects import Datagram, DatagramRefused, DeliverDatagram, Effect

@@ -33,7 +33,7 @@ from serval_core.native_protocol import (
     decode_reply,
     encode,
 )
-from serval_core.stack_socket import peer_credentials
+from serval_core.unix_socket import peer_credentials
 
 SYSTEM_USER = "serval"  # configs/systemd/serval.sysusers
 DEFAULT_BACKLOG = 128

@@ -9,46 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from serval_core.access_policy import Action
 from serval_core.datagrams import Datagram, DatagramEndpoint, DatagramFlow, PayloadSize
 from serval_core.errors import OurMistake
 from serval_core.names import DEFAULT_SERVICE, ServiceID, ServicePrefix, format_address
+from serval_core.native_peer import Client, Refused, Service, refusal
 from serval_core.native_protocol import DATAGRAM, DATAGRAM_MARK, Reply, Request, encode
 
 if TYPE_CHECKING:
-    from serval_core.native_service import Client
     from serval_core.stack import ServalStack
 
 MESSAGE_LIMIT_BYTES = DATAGRAM.size + 65535
-
-
-class Service(Protocol):
-    """What is needed of the native service."""
-
-    counters: dict[str, int]
-
-    def check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
-        """Raise Refused if the policy says so."""
-
-    def answer(self, client: Client, message: bytes) -> None:
-        """Tell the program."""
-
-    def begin_connect(self, client: Client, request: Request) -> ServiceID:
-        """Check a connect, and wait for its outcome; the service to connect to."""
-
-    def connect_failed(self, client: Client, code: int, why: str) -> None:
-        """Tell the program."""
-
-    def connected(self, client: Client, reply: bytes) -> None:
-        """Tell the program."""
-
-    def adopt(self, connection: socket.socket, like: Client) -> Client:
-        """Serve another socket of the same program."""
-
-    def refuse(self, code: int, sentence: str) -> OurMistake:
-        """The exception for a request that is answered with an errno."""
 
 
 class NativeDatagrams:
@@ -62,16 +34,16 @@ class NativeDatagrams:
     def bind(self, client: Client, request: Request) -> None:
         """Receive datagrams from now on; without a service, for a random serviceID."""
         if client.datagram_end is not None:
-            raise self._service.refuse(errno.EINVAL, "this socket is bound already")
+            raise Refused(errno.EINVAL, "this socket is bound already")
         prefix = request.prefix() if request.service else None
         if prefix is not None:
             self._service.check(client, "bind", prefix)
             if prefix.service_id == DEFAULT_SERVICE:
-                raise self._service.refuse(errno.EINVAL, "nothing can be bound to the default service (all zeros)")
+                raise Refused(errno.EINVAL, "nothing can be bound to the default service (all zeros)")
         try:
             endpoint = self._stack.datagrams.bind(prefix, lambda datagram: self._received(client, datagram))
         except OurMistake as mistake:
-            raise self._service.refuse(errno.EADDRINUSE, str(mistake)) from None
+            raise Refused(errno.EADDRINUSE, str(mistake)) from None
         client.datagram_end = endpoint
         endpoint.on_refused = lambda address: self._refused(client, address)
         self._service.answer(client, _bound_reply(endpoint.prefix))
@@ -80,7 +52,7 @@ class NativeDatagrams:
         """Accept flows instead of datagrams for the prefix that the socket is bound to."""
         endpoint = client.datagram_end
         if not isinstance(endpoint, DatagramEndpoint):
-            raise self._service.refuse(errno.EDESTADDRREQ, "bind the socket to a serviceID before it listens")
+            raise Refused(errno.EDESTADDRREQ, "bind the socket to a serviceID before it listens")
         endpoint.close()
         client.datagram_end = None
         try:
@@ -88,7 +60,7 @@ class NativeDatagrams:
                 endpoint.prefix, lambda flow: self._accepted(client, flow), max(request.backlog, 1)
             )
         except OurMistake as mistake:
-            raise self._service.refuse(errno.EADDRINUSE, str(mistake)) from None
+            raise Refused(errno.EADDRINUSE, str(mistake)) from None
         self._service.answer(client, encode(Reply()))
 
     def connect(self, client: Client, request: Request) -> None:
@@ -104,7 +76,7 @@ class NativeDatagrams:
     def send(self, client: Client, message: bytes) -> None:
         """What the program wants sent."""
         if len(message) <= DATAGRAM.size:
-            raise self._service.refuse(errno.EINVAL, "a Serval datagram has at least one byte")
+            raise Refused(errno.EINVAL, "a Serval datagram has at least one byte")
         _, address, _, destination, source = DATAGRAM.unpack_from(message)
         payload, end = message[DATAGRAM.size :], client.datagram_end
         try:
@@ -117,9 +89,9 @@ class NativeDatagrams:
             else:
                 code = errno.ENOTCONN
         except PayloadSize as mistake:
-            raise self._service.refuse(mistake.errno, str(mistake)) from None
+            raise Refused(mistake.errno, str(mistake)) from None
         if code:
-            raise self._service.refuse(code, f"a datagram was not sent: {os.strerror(code)}")
+            raise Refused(code, f"a datagram was not sent: {os.strerror(code)}")
         self._service.counters["datagrams_out"] += 1
 
     # -- what the stack says ------------------------------------------------------------------------------------------
@@ -147,7 +119,7 @@ class NativeDatagrams:
     def _refused(self, client: Client, address: int) -> None:
         if not client.closed:
             sentence = f"{format_address(address)} has no such service"
-            self._service.answer(client, encode(Reply(errno=errno.ECONNREFUSED, error=sentence)))
+            self._service.answer(client, refusal(errno.ECONNREFUSED, sentence))
 
     def _connected(self, client: Client, flow: DatagramFlow) -> None:
         client.pending = None
@@ -185,7 +157,7 @@ class NativeDatagrams:
         if client.closed:
             return
         if code:
-            self._service.answer(client, encode(Reply(errno=code, error=os.strerror(code))))
+            self._service.answer(client, refusal(code, os.strerror(code)))
         if not client.closed:
             client.socket.shutdown(socket.SHUT_WR)
 

@@ -29,7 +29,7 @@ from serval_core.names import SERVICE_ID_BITS, ServicePrefix, parse_address, par
 from serval_core.rules import DEMUX_PRIORITY, FORWARD_PRIORITY, FORWARD_WEIGHT, Rule, RuleType
 from serval_core.service_events import EventQueue, ServiceEvents, check_kinds
 from serval_core.service_table import ServiceTable
-from serval_core.stack_socket import Handler
+from serval_core.stack_socket_server import Handler
 
 
 class Services(Protocol):

@@ -55,7 +55,7 @@ from serval_core.stack_balance import Balancer
 from serval_core.stack_migration import Migrations
 from serval_core.stack_mobility import AutomaticMobility
 from serval_core.stack_services import StackServices, report_defect
-from serval_core.stack_socket import StackSocketServer
+from serval_core.stack_socket_server import StackSocketServer
 from serval_core.unattended import Holder, UnattendedFlows
 
 log = structlog.get_logger("serval_core.stack")

@@ -25,7 +25,7 @@ from serval_core.names import FlowID
 from serval_core.sal import ServiceAccessLayer
 from serval_core.service_requests import checked
 from serval_core.stack_migration import Begun, Goal, Migrations
-from serval_core.stack_socket import Handler
+from serval_core.stack_socket_server import Handler
 
 
 class _Balance(msgspec.Struct, forbid_unknown_fields=True):

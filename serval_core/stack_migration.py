@@ -25,7 +25,7 @@ from serval_core.paths import Interface, Path, PathFinder
 from serval_core.sal import ServiceAccessLayer
 from serval_core.service_events import Event, EventQueue, ServiceEvents
 from serval_core.service_requests import checked
-from serval_core.stack_socket import Handler
+from serval_core.stack_socket_server import Handler
 
 
 class OwnPaths(PathFinder, Protocol):

@@ -28,7 +28,7 @@ from serval_core.controller.settings import ControllerSettings
 from serval_core.names import ServiceID, ServicePrefix
 from serval_core.service_events import Event
 from serval_core.stack import ServalStack
-from serval_core.stack_socket import Handler
+from serval_core.stack_socket_server import Handler
 
 
 class ServiceController:

@@ -13,12 +13,12 @@ from serval_core.errors import OurMistake
 from serval_core.stack_socket import (
     STACK_SOCKET_ADDRESS,
     StackSocketClient,
-    StackSocketServer,
 )
+from serval_core.stack_socket_server import StackSocketServer
 
 SERVER_PROGRAM = """
 import asyncio, os, sys
-from serval_core.stack_socket import StackSocketServer
+from serval_core.stack_socket_server import StackSocketServer
 os.setuid(int(sys.argv[1]))
 async def main():
     server = StackSocketServer()

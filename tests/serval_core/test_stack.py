@@ -26,7 +26,7 @@ from serval_core.framing import Framing
 from serval_core.names import parse_service
 from serval_core.rules import Rule
 from serval_core.sal_settings import SalSettings
-from serval_core.stack_socket import StackBusy
+from serval_core.stack_socket_server import StackBusy
 from tests.serval_core.stack_thread import StackThread, Stream, send_in_background
 
 SERVICE = "76568"

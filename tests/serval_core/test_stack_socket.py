@@ -15,12 +15,11 @@ from lab.hosts import Host
 from serval_core import stack_socket
 from serval_core.errors import OurMistake
 from serval_core.stack_socket import (
-    REQUEST_LIMIT_BYTES,
     STACK_SOCKET_ADDRESS,
     RequestFailed,
     StackSocketClient,
-    StackSocketServer,
 )
+from serval_core.stack_socket_server import REQUEST_LIMIT_BYTES, StackSocketServer
 from tests.serval_core.stack_sockets import ask, echo, in_host, talk
 
 # Requests and replies

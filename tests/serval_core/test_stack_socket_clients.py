@@ -12,13 +12,12 @@ import sys
 import pytest
 
 from lab.hosts import Host
-from serval_core import stack_socket
+from serval_core import stack_socket_server
 from serval_core.stack_socket import (
-    CLIENT_LIMIT,
     STACK_SOCKET_ADDRESS,
     RequestFailed,
-    StackSocketServer,
 )
+from serval_core.stack_socket_server import CLIENT_LIMIT, StackSocketServer
 from tests.serval_core.stack_sockets import ask, connect, in_host, start_server
 
 NOBODY = 65534
@@ -72,7 +71,7 @@ def test_clients_beyond_the_limit_are_told_so_and_leaving_makes_room(host: Host)
 
 
 def test_a_silent_client_is_dropped_after_its_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack_socket, "CLIENT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stack_socket_server, "CLIENT_TIMEOUT_S", 0.05)
 
     async def scenario(server: StackSocketServer) -> None:
         reader, writer = await connect()
@@ -85,7 +84,7 @@ def test_a_silent_client_is_dropped_after_its_time(host: Host, monkeypatch: pyte
 def test_a_client_that_does_not_read_does_not_hold_its_place(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stack_socket, "CLIENT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stack_socket_server, "CLIENT_TIMEOUT_S", 0.05)
 
     async def scenario(server: StackSocketServer) -> None:
         server.register("big", lambda arguments: "x" * 20_000_000)
@@ -120,7 +119,7 @@ def test_clients_that_vanish_leave_nothing_behind(host: Host) -> None:
 
 
 def test_running_out_of_descriptors_only_delays_clients(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack_socket, "ACCEPT_PAUSE_S", 0.01)
+    monkeypatch.setattr(stack_socket_server, "ACCEPT_PAUSE_S", 0.01)
 
     async def scenario(server: StackSocketServer) -> None:
         client = socket.socket(socket.AF_UNIX)

@@ -11,11 +11,10 @@ from lab.hosts import Host, Lab
 from serval_core.errors import OurMistake
 from serval_core.stack_socket import (
     STACK_SOCKET_ADDRESS,
-    StackBusy,
     StackNotRunning,
     StackSocketClient,
-    StackSocketServer,
 )
+from serval_core.stack_socket_server import StackBusy, StackSocketServer
 from tests.serval_core.stack_sockets import ask, connect, in_host, start_server
 
 

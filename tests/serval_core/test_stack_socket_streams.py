@@ -13,8 +13,8 @@ from serval_core.errors import OurMistake
 from serval_core.stack_socket import (
     RequestFailed,
     StackSocketClient,
-    StackSocketServer,
 )
+from serval_core.stack_socket_server import StackSocketServer
 from tests.serval_core.stack_sockets import in_host
 
 

@@ -1,0 +1,88 @@
+"""What does the stack know of a Serval socket of some program? `Client`, and what is done with any of them (`Service`)."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from typing import Protocol
+
+from serval_core.access_policy import Action, Program
+from serval_core.connection import Connection, Listener, PendingConnect
+from serval_core.datagrams import DatagramEndpoint, DatagramFlow, DatagramListener, PendingDatagramFlow
+from serval_core.errors import OurMistake
+from serval_core.names import ServiceID, ServicePrefix
+from serval_core.native_protocol import Reply, Request, encode
+
+
+class Refused(OurMistake):
+    """A request that is answered with an errno. The message is the sentence for whoever reads it."""
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.errno = code
+
+
+class Client:
+    """One Serval socket of some program."""
+
+    __slots__ = (
+        "bound",
+        "closed",
+        "datagram_end",
+        "events",
+        "listener",
+        "pending",
+        "program",
+        "socket",
+        "waiting",
+    )
+
+    def __init__(self, connection: socket.socket, program: Program) -> None:
+        self.socket = connection
+        self.program = program
+        self.events = select.EPOLLIN | select.EPOLLRDHUP
+        self.bound: ServicePrefix | None = None
+        self.listener: Listener | None = None
+        self.pending: PendingConnect | PendingDatagramFlow | None = None
+        self.waiting: deque[Connection] = deque()  # accepted, not handed over yet
+        self.datagram_end: DatagramEndpoint | DatagramFlow | DatagramListener | None = None
+        self.closed = False
+
+
+class Service(Protocol):
+    """What streams and datagrams need of the native service."""
+
+    counters: dict[str, int]
+
+    def check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
+        """Raise Refused if the policy says so."""
+
+    def answer(self, client: Client, message: bytes) -> None:
+        """Tell the program."""
+
+    def begin_connect(self, client: Client, request: Request) -> ServiceID:
+        """Check a connect, and wait for its outcome; the service to connect to."""
+
+    def connect_failed(self, client: Client, code: int, why: str) -> None:
+        """Tell the program."""
+
+    def connected(self, client: Client, reply: bytes) -> None:
+        """Tell a program whose datagram socket is connected."""
+
+    def end_hold(self, client: Client) -> None:
+        """Read the HOLD message, which makes the program's end writable."""
+
+    def watch(self, client: Client, events: int) -> None:
+        """Wait for these events (EPOLLIN ...) of its socket."""
+
+    def drop(self, client: Client) -> None:
+        """The program has closed the socket, or has to."""
+
+    def adopt(self, connection: socket.socket, like: Client) -> Client:
+        """Serve another socket of the same program."""
+
+
+def refusal(code: int, sentence: str) -> bytes:
+    """The message that refuses what a program has asked for."""
+    return encode(Reply(errno=code, error=sentence))
