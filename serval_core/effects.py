@@ -96,6 +96,14 @@ class MovePath:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSegments:
+    """The path of a flow carries IP packets of `mtu_bytes`: let its socket send none that are larger."""
+
+    flow_id: FlowID
+    mtu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class InjectSegment:
     """A TCP segment that arrived before its socket existed; deliver it now. `segment` is the TCP part only.
 
@@ -211,5 +219,5 @@ class Happened:
 Effect = (
     SendPacket | ExpectData | ForgetExpected | OpenTransport | MovePath | InjectSegment | EndOfStream | ResetTransport
     | CloseTransport | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
-    | OpenDatagrams | DeliverFlowDatagram
+    | OpenDatagrams | DeliverFlowDatagram | LimitSegments
 )

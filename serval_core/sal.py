@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from errno import ECONNABORTED, EPIPE
 
+from serval_core import path_mtu
 from serval_core.active_open import ActiveOpen
 from serval_core.close import Close
 from serval_core.connected_datagrams import ConnectedDatagrams
@@ -287,6 +288,16 @@ class ServiceAccessLayer:
             return
         self._core.counters["syns_undeliverable"] += 1
         self._active_open.unreachable(flow, lost.destination, error_name(errno), now)
+
+    def packet_too_big(self, quoted: bytes, mtu_bytes: int) -> None:
+        """Data plane: an ICMP error quotes a packet of ours that is larger than the path's MTU. See `path_mtu`."""
+        path_mtu.reported(self._core, quoted, mtu_bytes)
+
+    def try_smaller_packets(self, flow_id: FlowID) -> None:
+        """A flow sends in vain, and has no other path: large packets may be what its path does not carry."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None and flow.state in MOVABLE:
+            path_mtu.suspected(self._core, flow)
 
     def release_delayed(self, prefix: ServicePrefix, now: float) -> int:
         """Resolve anew what DELAY rules hold for services under `prefix`; returns how many those were."""

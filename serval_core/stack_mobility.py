@@ -1,8 +1,8 @@
 """When does the running stack ask where its flows should be, and who carries it out? `mobility` on the stack's loop.
 
-Asked whenever interfaces, addresses or routes change, when a hysteresis is over, and when a flow sends in vain. While
-there is more than one interface to choose from, packet counters of some flows at a time, and where round-trip times or
-losses decide about new flows, what the kernel's TCP measures, are looked at several times a second.
+Asked whenever interfaces, addresses or routes change, when a hysteresis is over, and when a flow sends in vain. Packet
+counters of some flows at a time, and where round-trip times or losses decide about new flows, what the kernel's TCP
+measures, are looked at twice a second. A flow that sends in vain and has no other path tries smaller packets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import structlog
 
-from serval_core.addresses import is_loopback
 from serval_core.connection import Connection
 from serval_core.dataplane.kernel import FlowCounters
 from serval_core.dataplane.tcp_info import TcpInfo, tcp_info
@@ -150,13 +149,8 @@ class AutomaticMobility:
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def _look_soon(self) -> None:
-        if self._look_timer is None and self._has_choice() and not self._closed:
+        if self._look_timer is None and self.settings.section.automatic and not self._closed:
             self._look_timer = self._loop.call_later(LOOK_INTERVAL_S, self._look)
-
-    def _has_choice(self) -> bool:
-        """Whether flows could be elsewhere than they are."""
-        outside = [each for each in self._paths.interfaces() if not is_loopback(each.address)]
-        return self.settings.section.automatic and len(outside) > 1
 
     def _look(self) -> None:
         self._look_timer = None
@@ -176,12 +170,13 @@ class AutomaticMobility:
                 decision = None if flow is None else self.mobility.silent(flow, now)
                 if decision is not None:
                     decisions.append(decision)
+                else:
+                    self._sal.try_smaller_packets(flow_id)
         if self.settings.measures:
             for flow_id in looked_at[:MEASURED_FLOWS]:
                 self._measure(flow_id, now)
-        if decisions:
-            self._carry_out(decisions, now)
-            self._run_effects()
+        self._carry_out(decisions, now)
+        self._run_effects()
         self._look_soon()
 
     def _measure(self, flow_id: FlowID, now: float) -> None:

@@ -26,10 +26,14 @@ _ERRORS_PER_CALL = 64
 
 
 class IcmpError(NamedTuple):
-    """`quoted` is the beginning of the IPv4 packet that was not delivered, `errno` what that amounts to."""
+    """`quoted` is the beginning of the IPv4 packet that was not delivered, `errno` what that amounts to.
+
+    With EMSGSIZE, `mtu_bytes` is what the next link carries, 0 if the router does not say.
+    """
 
     quoted: bytes
     errno: int
+    mtu_bytes: int
 
 
 class IcmpErrors:
@@ -72,7 +76,7 @@ class IcmpErrors:
                 continue  # an error that came without its message: taking it was all there is to do
             for level, kind, data in ancillary:
                 if level == socket.IPPROTO_IP and kind == IP_RECVERR and len(data) >= _EXTENDED_ERROR.size:
-                    code, origin = _EXTENDED_ERROR.unpack_from(data)[:2]
+                    code, origin, _, _, _, mtu_bytes, _ = _EXTENDED_ERROR.unpack_from(data)
                     if origin == ORIGIN_ICMP:
-                        taken.append(IcmpError(quoted, code))
+                        taken.append(IcmpError(quoted, code, mtu_bytes))
         return taken

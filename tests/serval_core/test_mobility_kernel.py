@@ -37,8 +37,12 @@ class Ends:
         self.far: Stream = self.listener.accept()
         self.near_moves, self.far_moves = Mover(client), Mover(server)
         self.near_id, self.far_id = self.near.connection.flow_id, self.far.connection.flow_id
-        self.transfer = Transfer(self.far, self.near)
+        self.transfer = self.begin()
         self.goes_on()
+
+    def begin(self) -> Transfer:
+        """Data that goes on until `finish`."""
+        return Transfer(self.far, self.near)
 
     def goes_on(self) -> None:
         """Return once some more has arrived."""

@@ -1,0 +1,120 @@
+"""Paths that carry less than the interfaces at their ends say, before and after a move, with and without ICMP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lab.hosts import Lab
+from lab.waiting import wait_for
+from serval_core.effects import LimitSegments
+from serval_core.path_mtu import MTU_MIN_BYTES
+from tests.serval_core.exchanges import SERVER_ADDRESS, Exchange, two_hosts
+from tests.serval_core.stack_thread import StackThread
+from tests.serval_core.test_mobility_kernel import QUICK, SERVICE, Ends, ip
+from tests.serval_core.two_paths import SERVER, Transfer, two_paths
+
+
+class Uploading(Ends):
+    """The client sends to the server."""
+
+    def begin(self) -> Transfer:
+        return Transfer(self.near, self.far)
+
+    def learns(self, mtu_bytes: int) -> None:
+        """Return once the sender knows the path's MTU, and data arrives."""
+        wait_for(lambda: self.client.flows()[0]["mtu_bytes"] == mtu_bytes, f"an MTU of {mtu_bytes}", 30.0)
+        self.goes_on()
+
+
+@pytest.fixture
+def ends(lab: Lab) -> Iterator[Uploading]:
+    hosts = two_paths(lab)
+    with StackThread(hosts[0], sal=QUICK) as client, StackThread(hosts[1], sal=QUICK) as server:
+        yield Uploading(hosts, client, server)
+
+
+def test_a_link_behind_the_router_shrinks(ends: Uploading) -> None:
+    ip(ends.router, "link", "set", "eth2", "mtu", 1300)
+    ends.learns(1300)
+    assert ends.client.counters()["path_mtu_lowered"] == 1
+    ends.finish()
+
+
+def test_the_peer_moves_behind_a_smaller_link(ends: Uploading) -> None:
+    ip(ends.router, "link", "set", "eth3", "mtu", 1280)
+    ends.far_moves.move(ends.far_id, "eth1")
+    ends.learns(1280)
+    ends.finish()
+
+
+def test_a_path_that_swallows_large_packets_without_a_word(ends: Uploading) -> None:
+    for host in (ends.client_host, ends.server_host):
+        ip(host, "link", "set", "eth1", "down")
+    ends.router.run(["nft", "add table ip f; add chain ip f c { type filter hook output priority 0; }"])
+    ends.router.run(["nft", "add rule ip f c ip protocol icmp drop"])
+    ip(ends.router, "link", "set", "eth2", "mtu", 1350)
+    ends.learns(1280)
+    ends.finish()
+
+
+class Sender:
+    """A host with an open flow in the memory network, about which ICMP errors come."""
+
+    def __init__(self) -> None:
+        network, self.host, server = two_hosts()
+        exchange = Exchange(network, self.host, server, server_waits=True, client_waits=True)
+        exchange.start()
+        network.run(network.now + 1.0)
+        self.flow = self.host.sal._core.flows.by_id[exchange.flow_id]
+
+    def quoted(self, sent_bytes: int = 1500, peer_flow_id: int = 0, destination: int = SERVER_ADDRESS) -> bytes:
+        """The beginning of a data packet of the flow."""
+        flow_id, peer = self.flow.flow_id, peer_flow_id or self.flow.peer_flow_id
+        header = bytes((0x45, 0)) + sent_bytes.to_bytes(2, "big") + bytes((0, 0, 64, 0, 64, 144, 0, 0))
+        addresses = self.flow.local_address.to_bytes(4, "big") + destination.to_bytes(4, "big")
+        return header + addresses + flow_id.to_bytes(4, "big") + peer.to_bytes(4, "big")
+
+    def limits(self) -> list[int]:
+        return [each.mtu_bytes for each in self.host.sal.take_effects() if isinstance(each, LimitSegments)]
+
+
+def test_an_error_that_knows_the_flow_lowers_its_mtu_once() -> None:
+    sender = Sender()
+    for _ in range(2):
+        sender.host.sal.packet_too_big(sender.quoted(), 1300)
+    assert sender.limits() == [1300]
+    assert sender.flow.mtu_bytes == 1300
+
+
+def test_an_error_without_a_size_means_the_next_plateau() -> None:
+    sender = Sender()
+    sender.host.sal.packet_too_big(sender.quoted(), 0)
+    assert sender.limits() == [1492]
+
+
+def test_no_error_makes_packets_tiny() -> None:
+    sender = Sender()
+    sender.host.sal.packet_too_big(sender.quoted(), 68)
+    assert sender.limits() == [MTU_MIN_BYTES]
+
+
+def test_forged_and_meaningless_errors_change_nothing() -> None:
+    sender = Sender()
+    sal = sender.host.sal
+    sal.packet_too_big(sender.quoted(peer_flow_id=12345), 1300)
+    sal.packet_too_big(sender.quoted(destination=SERVER_ADDRESS + 1), 1300)
+    sal.packet_too_big(sender.quoted(sent_bytes=1300), 1300)
+    sal.packet_too_big(sender.quoted()[:24], 1300)
+    sal.packet_too_big(b"", 1300)
+    assert sender.limits() == []
+    assert sal.counters["dropped_spoofed_icmp_error"] == 2
+    assert sal.counters["dropped_meaningless_icmp_error"] == 1
+
+
+def test_sizes_that_are_tried_become_smaller_and_end() -> None:
+    sender = Sender()
+    for _ in range(20):
+        sender.host.sal.try_smaller_packets(sender.flow.flow_id)
+    assert sender.limits() == [1280, MTU_MIN_BYTES]
