@@ -63,12 +63,14 @@ def dissect(effect: SendPacket) -> Sent:
 
 
 class LoneHost:
-    """The SAL under test, at address LOCAL. `now` only moves when `advance` is called."""
+    """The SAL under test, at address LOCAL unless it has other paths. `now` only moves when `advance` is called."""
 
-    def __init__(self, settings: SalSettings | None = None, seed: int = 1) -> None:
+    def __init__(
+        self, settings: SalSettings | None = None, seed: int = 1, paths: MemoryPaths | None = None
+    ) -> None:
         self.now = 1000.0
         self.table = ServiceTable()
-        self.paths = MemoryPaths(LOCAL, 1500)
+        self.paths = paths or MemoryPaths(LOCAL, 1500)
         self.sal = ServiceAccessLayer(settings or SalSettings(), self.table, self.paths, Random(seed))
         self.log: list[Effect] = []
 

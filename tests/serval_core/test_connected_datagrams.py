@@ -62,11 +62,8 @@ class Replay:
     def __init__(self, address: int, handshake_packet: int) -> None:
         _, packet = recorded(handshake_packet)
         assert packet.control is not None
-        self.host = LoneHost()
-        self.host.paths = MemoryPaths(address, 1500)
-        core = self.host.sal._core
-        core.paths = self.host.paths
-        core.random = Numbers(
+        self.host = LoneHost(paths=MemoryPaths(address, 1500))
+        self.host.sal._core.random = Numbers(
             packet.src_flow_id, int.from_bytes(packet.control.nonce, "big") | packet.control.verno << 64
         )
 

@@ -41,9 +41,7 @@ def controls(capture: Capture) -> list[Recorded]:
 
 def host_in_place_of(end: Recorded, other: Recorded, addresses: list[int]) -> tuple[LoneHost, Flow]:
     """A host with the recorded flow in CONNECTED. `end` and `other`: SYN and SYN-ACK, or the other way round."""
-    host = LoneHost()
-    host.paths = MemoryPaths(addresses[0], 1500, addresses[1:])
-    host.sal._core.paths = host.paths
+    host = LoneHost(paths=MemoryPaths(addresses[0], 1500, addresses[1:]))
     flow = Flow(FlowID(end.sal.src_flow_id), SERVICE_ID, end.control.verno << 64, host.now)
     flow.state = State.CONNECTED
     flow.protocol = end.sal.protocol
