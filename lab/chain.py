@@ -74,11 +74,11 @@ class TranslatorProcess:
 
     def _served(self) -> int:
         """How many services are offered here, or would be if their legacy targets worked."""
-        bound = [
+        bound: list[str] = [
             each["prefix"] for each in self.ask("services") if "DEMUX" in (rule["type"] for rule in each["targets"])
         ]
         try:
-            reverse_maps = sum(each["direction"] == "reverse" for each in self.ask("maps"))
+            reverse_maps: int = sum(each["direction"] == "reverse" for each in self.ask("maps"))
         except RequestFailed:  # no translator
             reverse_maps = 0
         return max(reverse_maps, len(set(bound) - CONTROL_SERVICES))
