@@ -3,11 +3,14 @@
 Layout, lengths and the checksum are checked here; whether a packet fits the state of its flow is
 `serval_core.sal`'s question.
 
-    base       src_flow_id(4) dst_flow_id(4) length(1, in 32-bit words, with extensions) protocol(1)
-    checksum(2) PAD        0x00, a single byte CONTROL    0x10 20 flags(1) reserved(1) verno(4) ackno(4)
-    nonce(8) SERVICE    0x20 36 reserved(2) serviceID(32)        the first is the destination, the second the
-    source ADDRESS    0x30 length(1, at least 12) ...          accepted and skipped: nobody sends it SOURCE
-    0x40 4+4n reserved(2) n addresses(4)     originator, forwarders in order; 2 <= n <= 20
+    base      src_flow_id(4) dst_flow_id(4) length(1, in 32-bit words, with extensions) protocol(1) checksum(2)
+    PAD       0x00, a single byte
+    CONTROL   0x10 20 flags(1) reserved(1) verno(4) ackno(4) nonce(8)
+    SERVICE   0x20 36 reserved(2) serviceID(32)        the first is the destination, the second the source
+    ADDRESS   0x30 length(1, at least 12) ...          accepted and skipped: nobody sends it
+    SOURCE    0x40 4+4n reserved(2) n addresses(4)     originator, forwarders in order; 2 <= n <= 20
+    KEY       0x50 36 reserved(2) public key(32)       ours, and so is the next: only for peers that ask for them,
+    PROOF     0x60 20 reserved(2) authenticator(16)    see `serval_core.control_authentication`
 
 Reserved bits may be anything on receipt and are zero on emission. We ask for exact lengths of CONTROL and
 SERVICE, where the prototype's parser lets longer ones pass and drops the packet later.
@@ -42,7 +45,11 @@ MAX_SERVICES = 2
 MIN_SOURCE_ADDRESSES = 2
 MAX_SOURCE_ADDRESSES = 20
 
-_PAD, _CONTROL, _SERVICE, _ADDRESS, _SOURCE = range(5)
+KEY_BYTES = 32
+PROOF_BYTES = 16
+
+_PAD, _CONTROL, _SERVICE, _ADDRESS, _SOURCE, _KEY, _PROOF = range(7)
+_OURS_HEAD_BYTES = 4
 _MIN_ADDRESS_BYTES = 12
 
 TRUNCATED = "sal_truncated"
@@ -54,6 +61,7 @@ TOO_MANY_EXTENSIONS = "sal_too_many_extensions"
 SECOND_CONTROL = "sal_second_control"
 THIRD_SERVICE = "sal_third_service"
 SECOND_SOURCE = "sal_second_source"
+SECOND_KEY = "sal_second_key"
 SOURCE_ADDRESSES = "sal_source_addresses"
 WRONG_CHECKSUM = "sal_checksum"
 HEADER_FULL = "sal_header_full"
@@ -69,6 +77,7 @@ REASONS = frozenset(
         SECOND_CONTROL,
         THIRD_SERVICE,
         SECOND_SOURCE,
+        SECOND_KEY,  # or a second proof
         SOURCE_ADDRESSES,  # fewer than 2 or more than 20
         WRONG_CHECKSUM,
     }
@@ -106,6 +115,8 @@ class SalPacket(NamedTuple):
     services: tuple[ServiceID, ...]
     source_addresses: tuple[int, ...]
     transport: bytes
+    key: bytes = b""
+    proof: bytes = b""
 
 
 def parse(data: bytes) -> SalPacket:
@@ -122,6 +133,7 @@ def parse(data: bytes) -> SalPacket:
     control: Control | None = None
     services: tuple[ServiceID, ...] = ()
     addresses: tuple[int, ...] = ()
+    key = proof = b""
     if words == 3:
         pass
     elif words == _CONTROL_ONLY_WORDS and data[12] >> 4 == _CONTROL and data[13] == CONTROL_BYTES:
@@ -140,20 +152,23 @@ def parse(data: bytes) -> SalPacket:
     elif words < 3:
         raise TheirMistake(HEADER_LENGTH)
     else:
-        control, services, addresses = _parse_extensions(data, header_bytes)
+        control, services, addresses, key, proof = _parse_extensions(data, header_bytes)
 
     if int.from_bytes(data[:header_bytes], "big") % 0xFFFF:
         raise TheirMistake(WRONG_CHECKSUM)
-    return SalPacket(src_flow_id, dst_flow_id, protocol, control, services, addresses, data[header_bytes:])
+    return SalPacket(
+        src_flow_id, dst_flow_id, protocol, control, services, addresses, data[header_bytes:], key, proof
+    )
 
 
 def _parse_extensions(
     data: bytes, end: int
-) -> tuple[Control | None, tuple[ServiceID, ...], tuple[int, ...]]:
+) -> tuple[Control | None, tuple[ServiceID, ...], tuple[int, ...], bytes, bytes]:
     """Read the extensions in data[12:end], in whatever order they come."""
     control: Control | None = None
     services: tuple[ServiceID, ...] = ()
     addresses: tuple[int, ...] = ()
+    ours = {_KEY: b"", _PROOF: b""}
     offset = BASE_BYTES
     count = 0
     while offset < end:
@@ -164,7 +179,7 @@ def _parse_extensions(
         if kind == _PAD:
             offset += 1
             continue
-        if kind > _SOURCE:
+        if kind > _PROOF:
             raise TheirMistake(UNKNOWN_EXTENSION)
         if offset + 1 == end:
             raise TheirMistake(EXTENSION_OVERRUN)
@@ -187,8 +202,12 @@ def _parse_extensions(
             if addresses:
                 raise TheirMistake(SECOND_SOURCE)
             addresses = _parse_source(data[offset + 4 : following])
+        elif kind in ours:
+            if ours[kind]:
+                raise TheirMistake(SECOND_KEY)
+            ours[kind] = data[offset + _OURS_HEAD_BYTES : following]
         offset = following
-    return control, services, addresses
+    return control, services, addresses, ours[_KEY], ours[_PROOF]
 
 
 def _length_is_possible(kind: int, length: int) -> bool:
@@ -198,6 +217,10 @@ def _length_is_possible(kind: int, length: int) -> bool:
         return length == SERVICE_BYTES
     if kind == _ADDRESS:
         return length >= _MIN_ADDRESS_BYTES
+    if kind == _KEY:
+        return length == _OURS_HEAD_BYTES + KEY_BYTES
+    if kind == _PROOF:
+        return length == _OURS_HEAD_BYTES + PROOF_BYTES
     return length >= 4 and length % 4 == 0
 
 
@@ -209,10 +232,10 @@ def _parse_source(data: bytes) -> tuple[int, ...]:
 
 
 def emit(packet: SalPacket) -> bytes:
-    """Write a packet, extensions in the order CONTROL, SERVICE, SOURCE.
+    """Write a packet, extensions in the order CONTROL, SERVICE, SOURCE, KEY, PROOF.
 
-    OurMistake: more than two services, a number of source addresses other than 0 or 2..20, or a nonce that is
-    not 8 bytes.
+    OurMistake: more than two services, a number of source addresses other than 0 or 2..20, or a nonce, key or
+    proof of a wrong size.
     """
     extensions = b""
     control = packet.control
@@ -226,6 +249,11 @@ def emit(packet: SalPacket) -> bytes:
         extensions += b"\x20\x24\x00\x00" + service
     if packet.source_addresses:
         extensions += _source_extension(packet.source_addresses)
+    for kind, size, value in ((_KEY, KEY_BYTES, packet.key), (_PROOF, PROOF_BYTES, packet.proof)):
+        if value:
+            if len(value) != size:
+                raise OurMistake(f"this extension holds {size} bytes, not {len(value)}")
+            extensions += bytes((kind << 4, _OURS_HEAD_BYTES + size, 0, 0)) + value
     words = 3 + len(extensions) // 4
     checksum = checksum_of_sum(
         packet.src_flow_id
@@ -255,13 +283,17 @@ def emit_control(
     service: ServiceID | None = None,
     source_addresses: tuple[int, ...] = (),
     transport: bytes = b"",
+    key: bytes = b"",
+    proof: bytes = b"",
 ) -> bytes:
     """Write a control packet: what `emit` makes of the same values, without a SalPacket in between."""
-    if source_addresses:
+    if source_addresses or key or proof:
         control = Control(flags, verno, ackno, nonce)
         services = () if service is None else (service,)
         return emit(
-            SalPacket(src_flow_id, dst_flow_id, protocol, control, services, source_addresses, transport)
+            SalPacket(
+                src_flow_id, dst_flow_id, protocol, control, services, source_addresses, transport, key, proof
+            )
         )
     total = (
         src_flow_id

@@ -48,7 +48,9 @@ __all__ = [
     "Raw",
     "SALAddress",
     "SALControl",
+    "SALKey",
     "SALPad",
+    "SALProof",
     "SALService",
     "SALSource",
     "ServalTCP",
@@ -59,7 +61,7 @@ SAL_IP_PROTOCOL = 144
 SAL_ENCAPSULATION_CLIENT_PORT = 54324
 SAL_ENCAPSULATION_SERVER_PORT = 54325
 
-_EXTENSION_NAMES = {0: "PAD", 1: "CONTROL", 2: "SERVICE", 3: "ADDRESS", 4: "SOURCE"}
+_EXTENSION_NAMES = {0: "PAD", 1: "CONTROL", 2: "SERVICE", 3: "ADDRESS", 4: "SOURCE", 5: "KEY", 6: "PROOF"}
 _FLAG_NAMES = ["reserved0", "reserved1", "FIN", "RST", "NACK", "ACK", "RSYN", "SYN"]
 
 
@@ -157,12 +159,38 @@ class SALSource(_AddressList):
     )
 
 
+class SALKey(_Extension):
+    """A public key for authentication. Ours: no prototype sends or gets one."""
+
+    name = "SAL KEY"
+    fields_desc = _extension_fields(
+        5,
+        ByteField("length", 36),
+        XShortField("reserved2", 0),
+        StrFixedLenField("key", bytes(32), length=32),
+    )
+
+
+class SALProof(_Extension):
+    """The authenticator of a control packet. Ours, too."""
+
+    name = "SAL PROOF"
+    fields_desc = _extension_fields(
+        6,
+        ByteField("length", 20),
+        XShortField("reserved2", 0),
+        StrFixedLenField("authenticator", bytes(16), length=16),
+    )
+
+
 _EXTENSION_LAYERS: dict[int, type[Packet]] = {
     0: SALPad,
     1: SALControl,
     2: SALService,
     3: SALAddress,
     4: SALSource,
+    5: SALKey,
+    6: SALProof,
 }
 
 

@@ -15,6 +15,8 @@ words32 = addresses = st.integers(0, 0xFFFFFFFF)
 nonces = st.binary(min_size=8, max_size=8)
 service_ids = st.binary(min_size=32, max_size=32).map(ServiceID)
 controls = st.builds(Control, st.integers(0, 63).map(lambda bits: bits << 2), words32, words32, nonces)
+keys = st.just(b"") | st.binary(min_size=32, max_size=32)
+proofs = st.just(b"") | st.binary(min_size=16, max_size=16)
 source_addresses = st.just(()) | st.lists(words32, min_size=2, max_size=20).map(tuple)
 
 
@@ -31,6 +33,8 @@ def sal_packets(
         services=st.lists(service_ids, max_size=2).map(tuple),
         source_addresses=source_addresses,
         transport=transports,
+        key=keys,
+        proof=proofs,
     )
 
 

@@ -22,8 +22,17 @@ SERVICE = bytes.fromhex("20240000") + bytes(range(32))
 OTHER_SERVICE = bytes.fromhex("20240000") + bytes(range(32, 64))
 ADDRESS = bytes.fromhex("3010 0000 00000001 00000002 0a000001")
 SOURCE = bytes.fromhex("400c0000 0a000001 0a000009")
+KEY = bytes.fromhex("50240000") + bytes(range(32))
+PROOF = bytes.fromhex("60140000") + bytes(range(16))
 PAD = b"\0"
-EXTENSIONS = {"control": CONTROL, "service": SERVICE, "address": ADDRESS, "source": SOURCE}
+EXTENSIONS = {
+    "control": CONTROL,
+    "service": SERVICE,
+    "address": ADDRESS,
+    "source": SOURCE,
+    "key": KEY,
+    "proof": PROOF,
+}
 
 A_CONTROL = Control(sal.SYN | sal.ACK, 0x1000, 0x2000, bytes.fromhex("1122334455667788"))
 A_SERVICE = ServiceID(bytes(range(32)))
@@ -60,6 +69,8 @@ def test_the_shortcut_for_control_packets_writes_the_same(packet: SalPacket, con
         packet.services[0] if packet.services else None,
         packet.source_addresses,
         packet.transport,
+        packet.key,
+        packet.proof,
     )
     assert written == sal.emit(packet)
 
@@ -149,7 +160,7 @@ def test_every_damaged_bit_is_found(shape: tuple[bytes, ...]) -> None:
     assert reason_for(sal.parse, flow_id_damaged) == sal.WRONG_CHECKSUM
 
 
-@pytest.mark.parametrize("kind", range(5, 16))
+@pytest.mark.parametrize("kind", range(7, 16))
 def test_an_unknown_extension_is_refused(kind: int) -> None:
     assert reason(bytes((kind << 4, 4, 0, 0))) == sal.UNKNOWN_EXTENSION
     assert reason(CONTROL, bytes((kind << 4, 4, 0, 0))) == sal.UNKNOWN_EXTENSION
@@ -162,6 +173,8 @@ def test_an_unknown_extension_is_refused(kind: int) -> None:
         (SERVICE, {36}),
         (ADDRESS, set(range(12, 256))),
         (SOURCE, set(range(4, 256, 4))),
+        (KEY, {36}),
+        (PROOF, {20}),
     ],
     ids=EXTENSIONS,
 )
@@ -194,6 +207,8 @@ def test_repeated_extensions_are_refused() -> None:
     assert reason(SERVICE, OTHER_SERVICE, SERVICE) == sal.THIRD_SERVICE
     assert reason(SOURCE, SOURCE) == sal.SECOND_SOURCE
     assert reason(SOURCE, CONTROL, SOURCE) == sal.SECOND_SOURCE
+    assert reason(KEY, KEY) == sal.SECOND_KEY
+    assert reason(CONTROL, PROOF, KEY, PROOF) == sal.SECOND_KEY
 
 
 def test_a_source_extension_has_2_to_20_addresses() -> None:
@@ -217,13 +232,14 @@ def test_every_reason_has_been_seen() -> None:
     seen = {
         reason_for(sal.parse, b""),
         reason(words=2),
-        reason(b"\x50\x04\0\0"),
+        reason(b"\x70\x04\0\0"),
         reason(b"\x10\x10\0\0"),
         reason(b"\x10\x14\0\0"),
         reason(PAD * 12),
         reason(CONTROL, CONTROL),
         reason(SERVICE, SERVICE, SERVICE),
         reason(SOURCE, SOURCE),
+        reason(KEY, KEY),
         reason(b"\x40\x04\0\0"),
         reason_for(sal.parse, bytes(damaged)),
     }
@@ -236,6 +252,8 @@ def test_every_reason_has_been_seen() -> None:
         (SalPacket(1, 2, 6, A_CONTROL._replace(nonce=b"short"), (), (), b""), "8 bytes, not 5"),
         (SalPacket(1, 2, 6, None, (A_SERVICE,) * 3, (), b""), "not 3"),
         (SalPacket(1, 2, 6, None, (), (1,), b""), "not 1"),
+        (SalPacket(1, 2, 6, None, (), (), b"", b"key"), "32 bytes, not 3"),
+        (SalPacket(1, 2, 6, None, (), (), b"", b"", b"proof"), "16 bytes, not 5"),
         (SalPacket(1, 2, 6, None, (), (1,) * 21, b""), "not 21"),
     ],
 )

@@ -20,7 +20,9 @@ from serval_core.wire.scapy_layers import (
     Raw,
     SALAddress,
     SALControl,
+    SALKey,
     SALPad,
+    SALProof,
     SALService,
     SALSource,
     ServalTCP,
@@ -52,6 +54,10 @@ def sal_layer(packet: SalPacket) -> Packet:
     if packet.source_addresses:
         addresses = [format_address(address) for address in packet.source_addresses]
         extensions.append(SALSource(addresses=addresses))
+    if packet.key:
+        extensions.append(SALKey(key=packet.key))
+    if packet.proof:
+        extensions.append(SALProof(authenticator=packet.proof))
     return SAL(
         src_flowid=packet.src_flow_id,
         dst_flowid=packet.dst_flow_id,
@@ -64,6 +70,7 @@ def sal_packet(layer: Packet) -> SalPacket:
     """What a scapy layer says as a SalPacket, transport aside."""
     control = layer.extension(SALControl)
     source = layer.extension(SALSource)
+    key, proof = layer.extension(SALKey), layer.extension(SALProof)
     return SalPacket(
         layer.src_flowid,
         layer.dst_flowid,
@@ -72,6 +79,8 @@ def sal_packet(layer: Packet) -> SalPacket:
         tuple(ServiceID(e.service_id) for e in layer.extensions if isinstance(e, SALService)),
         () if source is None else tuple(parse_address(address) for address in source.addresses),
         b"",
+        b"" if key is None else key.key,
+        b"" if proof is None else proof.authenticator,
     )
 
 
