@@ -12,8 +12,8 @@ from serval_core.effects import LimitSegments
 from serval_core.path_mtu import MTU_MIN_BYTES
 from tests.serval_core.exchanges import SERVER_ADDRESS, Exchange, two_hosts
 from tests.serval_core.stack_thread import StackThread
-from tests.serval_core.test_mobility_kernel import QUICK, SERVICE, Ends, ip
-from tests.serval_core.two_paths import SERVER, Transfer, two_paths
+from tests.serval_core.test_mobility_kernel import QUICK, Ends, ip
+from tests.serval_core.two_paths import Transfer, two_paths
 
 
 class Uploading(Ends):

@@ -59,3 +59,8 @@ PROBE_WITH_PADDING = 0x1DAC
 def is_whole(packet: bytes) -> bool:
     """Whether all of the packet was stored."""
     return int.from_bytes(packet[2:4], "big") == len(packet)
+
+
+def without_identification(packet: bytes) -> bytes:
+    """The kernel fills the identification in, and with it the checksum of the IP header: both are zero then."""
+    return packet[:4] + bytes(2) + packet[6:10] + bytes(2) + packet[12:]
