@@ -109,8 +109,14 @@ class StackSocket(system.socket):
         self._local = ServiceAddress(prefix)
 
     def listen(self, backlog: int = DEFAULT_BACKLOG, /) -> None:
-        """Accept connections; at most about `backlog` of them wait. Registers the service."""
+        """Accept connections; at most about `backlog` of them wait. Registers the service.
+
+        A stream socket that listens already takes a backlog of 0: no more connections begin, clients ask another
+        instance, and those under way can still be accepted. So a server ends without a client noticing.
+        """
         if self._listening:
+            if not backlog and not self.datagrams:
+                self._tell(encode(Request("listen")))
             return
         if not self._local.service.bits:
             self.bind("")

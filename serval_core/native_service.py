@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from serval_core.access_policy import AccessPolicy, Action, Program
+from serval_core.connection import Listener
 from serval_core.errors import KernelRefused, OurMistake
 from serval_core.names import ServiceID, ServicePrefix
 from serval_core.native_datagrams import MESSAGE_LIMIT_BYTES, NativeDatagrams
@@ -178,6 +179,9 @@ class NativeService:
             self.answer(client, refusal(errno.EIO, f"the stack failed at this, which is a defect of it: {error!r}"))
 
     def _request(self, client: Client, request: Request) -> None:
+        if isinstance(client.listener, Listener) and request.request == "listen" and not request.backlog:
+            client.listener.set_refusing(True)  # no answer: connections may be on their way to the program
+            return
         if client.listener is not None or client.pending is not None:
             raise Refused(errno.EINVAL, "this socket listens or connects already")
         kind = self._datagrams if request.datagrams else self._streams

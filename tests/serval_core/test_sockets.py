@@ -128,6 +128,21 @@ def test_backlog_waits_until_the_program_accepts(hosts: NativeHosts) -> None:
     assert sorted(received) == sorted(client.flow_id.to_bytes(4, "big") for client in clients)
 
 
+def test_server_that_ends_accepts_what_is_under_way_and_sends_others_away(hosts: NativeHosts) -> None:
+    server = hosts.server()
+    waiting = hosts.connect()
+    server.listen(0)
+    hosts.near.forward(SERVICE, "10.1.0.2")  # who asks everybody gets no refusal
+    wait_for(lambda: hosts.far.call(hosts.far.stack.bound_services) == [], "the service to be elsewhere")
+    assert errno_of(hosts.connect) == errno.ECONNREFUSED
+    accepted, _ = server.accept()
+    with accepted:
+        waiting.sendall(b"still")
+        assert accepted.recv(5, system.MSG_WAITALL) == b"still"
+    server.close()
+    hosts.pair()
+
+
 def test_connect_that_does_not_block(hosts: NativeHosts) -> None:
     near = hosts.socket()
     near.setblocking(False)
