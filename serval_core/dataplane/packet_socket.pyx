@@ -16,6 +16,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from serval_core.dataplane.forward_batch cimport BatchForwarder, Onward
+from serval_core.dataplane.inet cimport AF_INET, AF_PACKET, IP_PKTINFO, IPPROTO_IP, htonl, htons, in_pktinfo, sockaddr_in
 from serval_core.errors import KernelRefused
 
 cdef extern from *:
@@ -62,21 +63,6 @@ cdef extern from "<linux/if_packet.h>" nogil:
         int sll_ifindex
         unsigned char sll_halen
         unsigned char sll_addr[8]
-
-cdef extern from "<netinet/in.h>" nogil:
-    cdef struct in_addr:
-        uint32_t s_addr
-    cdef struct sockaddr_in:
-        unsigned short sin_family
-        uint16_t sin_port
-        in_addr sin_addr
-    cdef struct in_pktinfo:
-        int ipi_ifindex
-        in_addr ipi_spec_dst
-        in_addr ipi_addr
-    uint32_t htonl(uint32_t value)
-    uint16_t htons(uint16_t value)
-    int IPPROTO_IP, IP_PKTINFO, AF_INET, AF_PACKET
 
 DEF BATCH = 64
 DEF PACKET_BYTES = 65536     # a datagram may be as long as IPv4 allows: the kernel has put its fragments together

@@ -18,6 +18,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset, strlen
 from posix.unistd cimport close
 
+from serval_core.dataplane.inet cimport AF_INET, IPPROTO_TCP, htonl, htons, sockaddr_in
 from serval_core.errors import KernelRefused
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -27,18 +28,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int setsockopt(int fd, int level, int option, const void *value, unsigned int length)
     int getsockopt(int fd, int level, int option, void *value, unsigned int *length)
     int shutdown(int fd, int how)
-    int AF_INET, SOCK_STREAM, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_KEEPALIVE
-
-cdef extern from "<netinet/in.h>" nogil:
-    cdef struct in_addr:
-        uint32_t s_addr
-    cdef struct sockaddr_in:
-        unsigned short sin_family
-        uint16_t sin_port
-        in_addr sin_addr
-    uint16_t htons(uint16_t value)
-    uint32_t htonl(uint32_t value)
-    int IPPROTO_TCP
+    int SOCK_STREAM, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_KEEPALIVE
 
 cdef extern from "<linux/tcp.h>" nogil:
     cdef struct tcp_repair_opt:
