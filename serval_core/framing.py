@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from serval_core.names import ServiceID, ServicePrefix
+from serval_core.names import FlowID, ServiceID, ServicePrefix
 
 NATIVE_PAUSE_S = 10.0
 NATIVE_PAUSE_MAX_S = 600.0
@@ -56,6 +56,9 @@ class NativePorts(Protocol):
     def release(self, port: int) -> None:
         """The flow that had this port is gone."""
 
+    def flow_of(self, port: int) -> FlowID | None:
+        """The flow that a port belongs to."""
+
 
 class NoNativePorts:
     """For a host without framing `native`."""
@@ -66,6 +69,10 @@ class NoNativePorts:
 
     def release(self, port: int) -> None:
         """Nobody has taken one."""
+
+    def flow_of(self, port: int) -> FlowID | None:
+        """None has any."""
+        return None
 
 
 class _Doubt(NamedTuple):

@@ -1,8 +1,9 @@
 """How large may packets be on the path of a flow, beyond what its first interface allows? (RFC 1191, RFC 4821)
 
 Routers tell, by ICMP errors that quote a packet of ours; and where they do not, a flow that sends in vain tries
-smaller ones. Anybody can send an ICMP error, so it has to know both flowIDs and where the flow's packets go, and
-cannot make them tiny (compare RFC 5927). The next move forgets what was learned about the old path.
+smaller ones. Anybody can send an ICMP error, so it has to know both flowIDs, or ports in framing `native`, and
+where the flow's packets go, and cannot make them tiny (compare RFC 5927). The next move forgets what was learned
+about the old path.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from serval_core.core import Core
 from serval_core.effects import LimitSegments
 from serval_core.flow import Flow
-from serval_core.wire.sal import PROTOCOL_SAL
+from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, PROTOCOL_UDP
 
 MTU_MIN_BYTES = 552  # net.ipv4.route.min_pmtu, below which the kernel's TCP does not go either
 PLATEAUS_BYTES = (9000, 4352, 1492, 1400, 1280, 1006, MTU_MIN_BYTES)
@@ -21,19 +22,20 @@ mostly no less than the second (RFC 8200, 5).
 """
 _VERSION_AND_LENGTH = 0x45  # we send no IP options
 _QUOTED_MIN_BYTES = 20 + 8
+_UDP_BYTES = 8
 
 
 def reported(core: Core, quoted: bytes, mtu_bytes: int) -> None:
     """A router has not forwarded a packet, of which this is the beginning, because it is larger than `mtu_bytes`; 0
     if it does not say how large it might be.
     """
-    if len(quoted) < _QUOTED_MIN_BYTES or quoted[0] != _VERSION_AND_LENGTH or quoted[9] != PROTOCOL_SAL:
+    if len(quoted) < _QUOTED_MIN_BYTES or quoted[0] != _VERSION_AND_LENGTH:
         return
-    flow = core.flows.by_id.get(int.from_bytes(quoted[20:24], "big"))
-    if flow is None:
+    found = _flow_of(core, quoted)
+    if found is None:
         return
-    known = quoted[16:20] + quoted[24:28]
-    if known != flow.peer_address.to_bytes(4, "big") + flow.peer_flow_id.to_bytes(4, "big"):
+    flow, knows_peer = found
+    if not knows_peer or int.from_bytes(quoted[16:20], "big") != flow.peer_address:
         core.drop("spoofed_icmp_error")
         return
     sent_bytes = int.from_bytes(quoted[2:4], "big")
@@ -43,6 +45,21 @@ def reported(core: Core, quoted: bytes, mtu_bytes: int) -> None:
         core.drop("meaningless_icmp_error")
         return
     _limit(core, flow, mtu_bytes)
+
+
+def _flow_of(core: Core, quoted: bytes) -> tuple[Flow, bool] | None:
+    """The flow of a packet in whatever framing, and whether its number for the peer's end is right."""
+    at = 20
+    if quoted[9] == PROTOCOL_TCP:
+        flow_id = core.native_ports.flow_of(int.from_bytes(quoted[20:22], "big"))
+        flow = None if flow_id is None else core.flows.by_id.get(flow_id)
+        return None if flow is None else (flow, int.from_bytes(quoted[22:24], "big") == flow.options.native_port)
+    if quoted[9] == PROTOCOL_UDP:
+        at += _UDP_BYTES
+    elif quoted[9] != PROTOCOL_SAL:
+        return None
+    flow = core.flows.by_id.get(int.from_bytes(quoted[at : at + 4], "big"))
+    return None if flow is None else (flow, int.from_bytes(quoted[at + 4 : at + 8], "big") == flow.peer_flow_id)
 
 
 def suspected(core: Core, flow: Flow) -> None:

@@ -206,6 +206,7 @@ class ServalStack:
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
         stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
+        stack._loop.add_reader(stack._dataplane.too_big.fileno(), stack._too_big)
         stack._loop.add_reader(stack._dataplane.neighbours.fileno(), stack._dataplane.neighbours_changed)
         stack.stack_socket.register("flows", lambda _: stack.flows())
         stack.stack_socket.register("endpoints", lambda _: stack.datagrams.snapshot())
@@ -236,6 +237,7 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.control_fd)
         self._loop.remove_reader(self._dataplane.event_fd)
         self._loop.remove_reader(self._dataplane.monitor.fileno())
+        self._loop.remove_reader(self._dataplane.too_big.fileno())
         self._loop.remove_reader(self._dataplane.neighbours.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -434,6 +436,11 @@ class ServalStack:
                 self._sal.native_doubted(flow_id, now)
             else:
                 self._sal.native_proved(flow_id)
+
+    def _too_big(self) -> None:
+        for quoted, mtu_bytes in self._dataplane.too_big.take():
+            self._sal.packet_too_big(quoted, mtu_bytes)
+        self._run_effects()
 
     def _host_changed(self) -> None:
         self._dataplane.monitor.drain()

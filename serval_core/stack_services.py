@@ -113,11 +113,8 @@ class StackServices:
 
     def _icmp_errors_wait(self) -> None:
         now = time.monotonic()
-        for quoted, code, mtu_bytes in self._icmp_errors.take():
-            if code == errno.EMSGSIZE:
-                self._sal.packet_too_big(quoted, mtu_bytes)
-            else:
-                self._sal.send_failed(quoted, code, now)
+        for quoted, code in self._icmp_errors.take():
+            self._sal.send_failed(quoted, code, now)
         self._run_effects()
 
     def _table_changed(self, kind: str, rule: Rule) -> None:

@@ -26,14 +26,10 @@ _ERRORS_PER_CALL = 64
 
 
 class IcmpError(NamedTuple):
-    """`quoted` is the beginning of the IPv4 packet that was not delivered, `errno` what that amounts to.
-
-    With EMSGSIZE, `mtu_bytes` is what the next link carries, 0 if the router does not say.
-    """
+    """`quoted` is the beginning of the IPv4 packet that was not delivered, `errno` what that amounts to."""
 
     quoted: bytes
     errno: int
-    mtu_bytes: int
 
 
 class IcmpErrors:
@@ -76,7 +72,8 @@ class IcmpErrors:
                 continue  # an error that came without its message: taking it was all there is to do
             for level, kind, data in ancillary:
                 if level == socket.IPPROTO_IP and kind == IP_RECVERR and len(data) >= _EXTENDED_ERROR.size:
-                    code, origin, _, _, _, mtu_bytes, _ = _EXTENDED_ERROR.unpack_from(data)
-                    if origin == ORIGIN_ICMP:
-                        taken.append(IcmpError(quoted, code, mtu_bytes))
+                    code, origin = _EXTENDED_ERROR.unpack_from(data)[:2]
+                    # Of packets that were too large `too_big` hears, whatever protocol they had.
+                    if origin == ORIGIN_ICMP and code != errno.EMSGSIZE:
+                        taken.append(IcmpError(quoted, code))
         return taken

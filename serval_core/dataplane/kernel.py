@@ -37,6 +37,7 @@ from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
+from serval_core.dataplane.too_big import TooBigMessages
 from serval_core.effects import MovePath, OpenTransport
 from serval_core.errors import KernelRefused
 from serval_core.framing import Framing
@@ -173,6 +174,7 @@ class KernelDataPlane:
             self._load(indexes)
             self._raw = RawSocket(self._object.program_fd("serval_control"))
             self.icmp_errors = IcmpErrors()
+            self.too_big = TooBigMessages()
             self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self._inject.bind((ANCHOR_OUTER, 0))
             self.monitor = ChangeMonitor()
@@ -236,6 +238,7 @@ class KernelDataPlane:
         self._raw.close()
         self.native_ports.close()
         self.icmp_errors.close()
+        self.too_big.close()
         self.paths.close()
         self.devices.remove()
         self._netlink.close()
@@ -398,7 +401,7 @@ class KernelDataPlane:
         self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
         seen = self.look(flow_id)
         if seen is not None and seen.receive_next:
-            if seen.timeouts and old_path is not None:
+            if old_path is not None and old_path != (index, path.next_hop):
                 self.neighbours.give_up(old_path)
             self._resume(flow_id, seen, moved.mtu_bytes)
         return True

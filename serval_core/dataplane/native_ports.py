@@ -75,6 +75,10 @@ class ReservedPorts:
         self._flow_of[port] = flow_id
         self._entries.update(port.to_bytes(4, sys.byteorder), _ENTRY.pack(flow_id, _RESERVED))
 
+    def flow_of(self, port: int) -> FlowID | None:
+        """The flow that a port belongs to."""
+        return self._flow_of.get(port)
+
     def take_back(self, port: int, flow_id: FlowID) -> None:
         """Nothing that comes to the port is the flow's any more, nor ours, unless another flow has it by now."""
         if self._flow_of.get(port) == flow_id:

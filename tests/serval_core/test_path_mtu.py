@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from lab.hosts import Lab
 from lab.waiting import wait_for
 from serval_core.effects import LimitSegments
+from serval_core.framing import Framing
+from serval_core.names import FlowID
 from serval_core.path_mtu import MTU_MIN_BYTES
 from tests.serval_core.exchanges import SERVER_ADDRESS, Exchange, two_hosts
 from tests.serval_core.stack_thread import StackThread
@@ -28,10 +31,11 @@ class Uploading(Ends):
         self.goes_on()
 
 
-@pytest.fixture
-def ends(lab: Lab) -> Iterator[Uploading]:
+@pytest.fixture(params=[Framing.SAL, Framing.NATIVE])
+def ends(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Uploading]:
     hosts = two_paths(lab)
-    with StackThread(hosts[0], sal=QUICK) as client, StackThread(hosts[1], sal=QUICK) as server:
+    sal = replace(QUICK, framing=request.param)
+    with StackThread(hosts[0], sal=sal) as client, StackThread(hosts[1], sal=sal) as server:
         yield Uploading(hosts, client, server)
 
 
@@ -118,3 +122,41 @@ def test_sizes_that_are_tried_become_smaller_and_end() -> None:
     for _ in range(20):
         sender.host.sal.try_smaller_packets(sender.flow.flow_id)
     assert sender.limits() == [1280, MTU_MIN_BYTES]
+
+
+class Ports:
+    """Of framing `native`: one, which belongs to one flow."""
+
+    def __init__(self, flow_id: FlowID) -> None:
+        self.flow_id = flow_id
+
+    def take(self) -> int:
+        return 50000
+
+    def release(self, port: int) -> None:
+        """Whatever it is."""
+
+    def flow_of(self, port: int) -> FlowID | None:
+        return self.flow_id if port == 50000 else None
+
+
+@pytest.mark.parametrize(
+    ("protocol", "start", "limits"),
+    [
+        (6, (50000).to_bytes(2, "big") + (50001).to_bytes(2, "big") + bytes(4), [1300]),
+        (6, (50000).to_bytes(2, "big") + (50002).to_bytes(2, "big") + bytes(4), []),
+        (6, (50003).to_bytes(2, "big") + (50001).to_bytes(2, "big") + bytes(4), []),
+        (17, None, [1300]),
+        (17, bytes(8), []),
+        (1, bytes(8), []),
+    ],
+)
+def test_packets_are_known_in_every_framing(protocol: int, start: bytes | None, limits: list[int]) -> None:
+    sender = Sender()
+    sender.host.sal._core.native_ports = Ports(sender.flow.flow_id)
+    sender.flow.options = sender.flow.options._replace(native_port=50001)
+    quoted = bytearray(sender.quoted()[:20])
+    quoted[9] = protocol
+    identifiers = sender.quoted()[20:]
+    sender.host.sal.packet_too_big(bytes(quoted) + (bytes(8) + identifiers if start is None else start), 1300)
+    assert sender.limits() == limits
