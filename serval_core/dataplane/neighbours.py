@@ -23,7 +23,7 @@ from serval_core.errors import KernelRefused
 
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 NDA_DST, NDA_LLADDR = 1, 2
-NUD_REACHABLE, NUD_PERMANENT = 0x02, 0x80
+NUD_INCOMPLETE, NUD_REACHABLE, NUD_PERMANENT = 0x01, 0x02, 0x80
 NEIGHBOUR_HEADER = struct.Struct("=BxxxiHBB")
 MAC_BYTES = 6
 
@@ -66,12 +66,13 @@ class Neighbours:
         return key
 
     def give_up(self, key: Key) -> None:
-        """Drop the packets that wait for this next hop's address.
+        """Drop the packets that wait for this next hop's address, if there are any.
 
-        They count as being under way, and TCP does not repeat what is: not even on a path that works.
+        They count as being under way, and TCP does not repeat what is: not even on a path that works. The kernel
+        would keep them for three seconds.
         """
-        if self._ask(key) is not None:
-            return  # it answers, so nothing waits
+        if not self._is_awaited(key):
+            return
         interface_index, address = key
         body = NEIGHBOUR_HEADER.pack(socket.AF_INET, interface_index, 0, 0, 0)
         body += attribute(NDA_DST, address.to_bytes(4, "big"))
@@ -104,11 +105,21 @@ class Neighbours:
                     self._known[key] = mac if message.kind == RTM_NEWNEIGH else None
 
     def _ask(self, key: Key) -> bytes | None:
+        body = self._entry(key)
+        return None if body is None else _decode(body)[1]
+
+    def _is_awaited(self, key: Key) -> bool:
+        """Whether the kernel has asked for this address for the first time, and keeps packets meanwhile."""
+        body = self._entry(key)
+        return body is not None and bool(NEIGHBOUR_HEADER.unpack_from(body)[2] & NUD_INCOMPLETE)
+
+    def _entry(self, key: Key) -> bytes | None:
+        """The body of the kernel's message about a next hop."""
         interface_index, address = key
         body = NEIGHBOUR_HEADER.pack(socket.AF_INET, interface_index, 0, 0, 0)
         body += attribute(NDA_DST, address.to_bytes(4, "big"))
         try:
-            return _decode(self._queries.ask("RTM_GETNEIGH", RTM_GETNEIGH, body).body)[1]
+            return self._queries.ask("RTM_GETNEIGH", RTM_GETNEIGH, body).body
         except KernelRefused:
             # Most often there is no entry yet. Whatever it is, the kernel's own neighbour code will meet it too.
             return None

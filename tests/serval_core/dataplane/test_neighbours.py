@@ -98,3 +98,24 @@ def test_lost_notifications_are_asked_for(host: Host) -> None:
         return changes(neighbours)
 
     assert with_neighbours(host, watch) == [(FLOW, octets(MAC))]
+
+
+def test_packets_that_wait_for_a_next_hop_are_dropped_when_it_is_given_up(host: Host) -> None:
+    """They would hold up a flow that has gone elsewhere. A next hop that others may use is left alone."""
+    host.run(["ip", "neigh", "add", "10.1.0.7", "lladdr", MAC, "nud", "stale", "dev", "eth0"])
+
+    def entries() -> dict[str, str]:
+        shown = host.run(["ip", "neigh", "show", "dev", "eth0"]).stdout.splitlines()
+        return {line.split()[0]: line.split()[-1] for line in shown}
+
+    def give_up(neighbours: Neighbours, index: int) -> tuple[dict[str, str], dict[str, str]]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"waits", ("10.1.0.9", 9))
+        before = entries()
+        for address in ("10.1.0.7", "10.1.0.8", "10.1.0.9"):
+            neighbours.give_up((index, parse_address(address)))
+        return before, entries()
+
+    before, after = with_neighbours(host, give_up)
+    assert before == {"10.1.0.7": "STALE", "10.1.0.9": "INCOMPLETE"}
+    assert after == {"10.1.0.7": "STALE"}
