@@ -181,12 +181,13 @@ def replace_rules(
 def table_rules(rule: ServiceRule) -> list[Rule]:
     """The entries of the service table that a rule of the operator stands for."""
     if rule.rule_type is RuleType.DROP:
-        entries = [Rule.drop(rule.prefix)]
+        entries = [Rule.drop(rule.prefix, origin="configured")]
     elif rule.rule_type is RuleType.DELAY:
-        entries = [Rule.delay(rule.prefix)]
+        entries = [Rule.delay(rule.prefix, origin="configured")]
     else:
         entries = [
-            Rule.forward(rule.prefix, target.address, weight=target.weight) for target in rule.addresses
+            Rule.forward(rule.prefix, target.address, weight=target.weight, origin="configured")
+            for target in rule.addresses
         ]
     if rule.priority is None:
         return entries

@@ -71,12 +71,15 @@ def cli(config: Path | None, rules: Sequence[str], check: bool, clean_up: bool, 
     """
     # What reads keys and asks DNS, and the stack, are loaded only now: --help needs none of it.
     from serval_core.controller.plan import plan
-    from serval_core.daemon_life import Daemon
+    from serval_core.daemon_life import Daemon, Told
     from serval_core.logging_setup import set_up_logging
 
-    loaded = collect_settings(config, rules, sections)
-    settings = loaded.settings
-    controller = plan(settings.controller, loaded.names, loaded.place)
+    def read() -> Told:
+        loaded = collect_settings(config, rules, sections)
+        return Told(loaded.settings, plan(loaded.settings.controller, loaded.names, loaded.place))
+
+    told = read()
+    settings = told.settings
     if check:
         for rule in settings.rules:
             click.echo(f"rule     {rule_text(rule)}")
@@ -84,7 +87,7 @@ def cli(config: Path | None, rules: Sequence[str], check: bool, clean_up: bool, 
         return
     set_up_logging(settings.log)
     raise_descriptor_limit()
-    daemon = Daemon(settings, controller)
+    daemon = Daemon(told, read if config is not None else None)
     asyncio.run(daemon.clean_up() if clean_up else daemon.run())
 
 

@@ -23,7 +23,7 @@ from serval_core.configured_rules import replace_rules, rule_text
 from serval_core.configured_stack import refuse_unknown_names, stack_settings
 from serval_core.controller.service_controller import ServiceController
 from serval_core.descriptors import raise_descriptor_limit
-from serval_core.errors import ServalError
+from serval_core.reloading import reload_when_asked
 from serval_core.stack import ServalStack
 from serval_core.systemd import notify_systemd
 from translator.accounting import Admission, MapTraffic
@@ -158,7 +158,10 @@ class Appliance:
     async def run_until_stopped(self) -> None:
         """Serve until a signal asks to stop, then go down in order."""
         self._announce("serving")
-        reloading = self._loop.create_task(self._reload_when_asked())
+        notify_systemd("READY=1")
+        reloading = self._loop.create_task(
+            reload_when_asked(self._reload_wanted, self._reload, log, self._report)
+        )
         try:
             try:
                 await self._stop_wanted.wait()
@@ -237,27 +240,15 @@ class Appliance:
             routers=list(self._settings.registration.routers),
             connection_limit=self.admission.limit,
         )
-        notify_systemd("READY=1")
 
-    async def _reload_when_asked(self) -> None:
-        while True:
-            await self._reload_wanted.wait()
-            self._reload_wanted.clear()
-            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:
-                await self._reload()
-            except ServalError as refusal:
-                log.error("not reloaded, everything stays as it was", why=str(refusal))
-                notify_systemd("READY=1")
-            except Exception as error:
-                report_defect(self._loop, {"message": "reload failed", "exception": error})
-                notify_systemd("READY=1")
+    def _report(self, what: str, error: Exception) -> None:
+        report_defect(self._loop, {"message": what, "exception": error})
 
     async def _reload(self) -> None:
         """Read the configuration again and change what it changes. Raises Misconfigured, and then nothing has changed."""
         assert self._read_again is not None
         wanted = await asyncio.to_thread(prepare, self._read_again, self._settings)
-        parts = Parts(self.stack, self.admission, self.acceptor, self.reverse)
+        parts = Parts(self.stack, self.controller, self.admission, self.acceptor, self.reverse)
         retired = put_into_effect(parts, self._settings, wanted)
         self._settings = wanted.settings
         ended = [each for each in self._retired if not each.traffic.active]

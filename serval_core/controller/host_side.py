@@ -44,9 +44,8 @@ class HostSide:
         self._plan = plan
         self._wake = wake
         numbers = random.SystemRandom()
-        signer = Signer(plan.identities) if plan.identities else None
         self.role = HostRole(
-            registration.refresh_s, registration.lifetime_s, signer, numbers, time.monotonic()
+            registration.refresh_s, registration.lifetime_s, _signer(plan), numbers, time.monotonic()
         )
         self.finder = RouterFinder(registration.refresh_s, plan.router_keys, numbers)
         self.offers = Offers(
@@ -86,20 +85,37 @@ class HostSide:
         self._endpoint.close()
         self._endpoint = None
 
+    def reconfigure(self, plan: ControllerPlan) -> None:
+        """Other routers, other keys, another priority and weight. Routers that we leave are told, and so is everyone whom we have
+        told under another key: a router lets nobody but the key that made a registration change it.
+        """
+        if plan.identities != self._plan.identities or bool(plan.routers) != bool(self._plan.routers):
+            left = self.role.ways
+        else:
+            left = tuple(set(self.role.ways) & set(self._plan.routers) - set(plan.routers))
+        farewell = self.role.leave(left, time.monotonic(), time.time())
+        self._send(farewell, self._plan.router_id)
+        self._plan = plan
+        self.role.set_signer(_signer(plan))
+        registration = plan.settings.registration
+        self.offers.set_usual_terms(registration.priority, registration.weight)
+        self.host_changed()
+        self._update_default_rules()
+
     def host_changed(self) -> None:
         """Addresses, interfaces or routes have changed."""
         now = time.monotonic()
         self.role.set_ways(self._ways(), now)
         settings = self._plan.settings
-        if settings.registration.discover and not self._plan.routers and not settings.router.enabled:
-            self.finder.set_networks(
-                (
-                    Network(each.broadcast_address, each.address)
-                    for each in self._stack.paths.interfaces()
-                    if each.broadcast_address
-                ),
-                now,
-            )
+        looking = settings.registration.discover and not self._plan.routers and not settings.router.enabled
+        self.finder.set_networks(
+            (
+                Network(each.broadcast_address, each.address)
+                for each in self._stack.paths.interfaces()
+                if each.broadcast_address and looking
+            ),
+            now,
+        )
         self._wake()
 
     def next_timeout(self) -> float | None:
@@ -209,3 +225,7 @@ class HostSide:
         for rule in self._default_rules():
             if rule.address == router and rule.origin == "default" and not rule.broadcast:
                 self._stack.table.remove(DEFAULT_PREFIX, RuleType.FORWARD, router)
+
+
+def _signer(plan: ControllerPlan) -> Signer | None:
+    return Signer(plan.identities) if plan.identities else None

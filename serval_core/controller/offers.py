@@ -60,6 +60,12 @@ class Offers:
         self._own_terms[prefix] = priority, weight
         self._update(prefix)
 
+    def set_usual_terms(self, priority: int, weight: int) -> None:
+        """Offer everything that has no terms of its own with this priority and weight."""
+        self._terms = priority, weight
+        for prefix in {*self._bound, *self._registered}:
+            self._update(prefix)
+
     def registered(self, prefix: ServicePrefix, weight: int) -> None:
         """Other hosts have registered `prefix` here, with weights that sum up to this; 0: none any more."""
         if weight:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import dns.name
 
 from serval_core.addresses import is_unicast
+from serval_core.config_changes import fixed_differences, refuse_differences
 from serval_core.config_file import Misconfigured, Names, service_prefix
 from serval_core.controller.dns_source import parse_nameserver, parse_zone
 from serval_core.controller.policy import PrefixPolicy, Requirement
@@ -24,6 +25,27 @@ from serval_core.errors import OurMistake
 from serval_core.identity import Identity, load_identity, parse_public_key
 from serval_core.names import SERVICE_ID_BITS, ServiceID, ServicePrefix, parse_address
 from serval_core.wire.router_discovery import DISCOVERY_SERVICE
+
+# What `ServiceController.reconfigure` obeys.
+CHANGEABLE = frozenset(
+    {
+        "registration.routers",
+        "registration.keys",
+        "registration.priority",
+        "registration.weight",
+        "router.default_policy",
+        "router.policy",
+        "router.shortest_prefix_bits",
+        "router.expiry_s",
+        "router.lifetime_max_s",
+        "router.priority_max",
+        "router.weight_max",
+        "router.registrations_max",
+        "router.registrations_per_host",
+        "router.messages_per_host_s",
+        "router.new_registrations_s",
+    }
+)
 
 Place = Callable[..., str]
 T = TypeVar("T")
@@ -94,6 +116,15 @@ def plan(settings: ControllerSettings, names: Names | None = None, place: Place 
     )
     _refuse_contradictions(understood, place)
     return understood
+
+
+def refuse_fixed_plan(running: ControllerPlan, wanted: ControllerPlan) -> None:
+    """Raise Misconfigured if something differs that a controller is told at its start only."""
+    differ = fixed_differences(running.settings, wanted.settings, CHANGEABLE)
+    for name in ("router_id", "client_id", "router_keys", "router_identity", "aggregates", "delayed_prefixes"):
+        if not differ and getattr(running, name) != getattr(wanted, name):
+            differ.append(f"what a service name or key file stands for ({name})")
+    refuse_differences(differ)
 
 
 def _refuse_contradictions(understood: ControllerPlan, place: Place) -> None:

@@ -12,7 +12,7 @@ sockets.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from serval_core.controller.authentication import Signer
@@ -126,6 +126,26 @@ class HostRole:
         if changed:
             for prefix, service in self._services.items():
                 self._register(prefix, service, changed, now + min(CONFIRMATION_S, self._refresh_s))
+
+    def leave(self, keys: Iterable[int], now: float, wall: float) -> list[Outgoing]:
+        """Have nothing to do with these ways any more; the messages that say so. Until `set_ways` names them again."""
+        farewell = []
+        for key in keys:
+            way = self._ways.pop(key)
+            for prefix in [prefix for prefix, told in self._told.items() if key in told]:
+                self._pending.pop((prefix, key), None)
+                service = self._services.get(prefix)
+                farewell.append(self._message(MessageType.UNREGISTER, prefix, service, way, wall))
+        return farewell
+
+    def set_signer(self, signer: Signer | None) -> None:
+        """Sign with other keys from now on."""
+        self._signer = signer
+
+    @property
+    def ways(self) -> Collection[int]:
+        """The keys of all ways."""
+        return tuple(self._ways)
 
     def next_timeout(self) -> float | None:
         """When `handle_timeouts` or `take_outgoing` has something to do, None if never."""

@@ -260,6 +260,16 @@ class Registrations:
         )
         return True
 
+    def refuse(self, refusal: Callable[[Record], str | None], now: float) -> None:
+        """End every registration that is refused now."""
+        for record in [record for record in self._records.values() if refusal(record)]:
+            self.forget(record, "refused_by_policy", now)
+
+    def tell_weights(self) -> None:
+        """Tell `prefix_changed` of every prefix."""
+        for prefix in self._prefixes:
+            self._tell_weight(prefix)
+
     def forget(self, record: Record, why: str, now: float) -> None:
         """The registration is over."""
         self._take_out(record)

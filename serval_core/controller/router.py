@@ -83,8 +83,6 @@ class RegistrationRouter:
         self.counters: Counter[str] = Counter()
         self._table = table
         self._directory = directory
-        self._policy = policy
-        self._limits = limits
         self._client_id = client_id
         self._control_services = frozenset(control_services)
         self._own_addresses = own_addresses
@@ -94,11 +92,7 @@ class RegistrationRouter:
             table, directory, publish, prefix_changed, limits.clock_tolerance_s, now
         )
         self._authenticator = Authenticator(limits.clock_tolerance_s)
-        self._buckets = SenderBuckets(
-            limits.messages_per_host_s,
-            max(limits.messages_per_host_s * BURST_S, limits.registrations_per_host),
-        )
-        self._new = TokenBucket(limits.new_registrations_s, limits.new_registrations_s * BURST_S, now)
+        self.set_policy(policy, limits, now)
 
     def restore(self, now: float, wall: float) -> int:
         """Take over what the directory remembers and the policy allows; returns how many registrations there
@@ -112,6 +106,22 @@ class RegistrationRouter:
                 self.registrations.discard(stored, now)
                 self.counters["not_restored"] += 1
         return len(self.registrations)
+
+    def set_policy(self, policy: RegistrationPolicy, limits: RouterLimits, now: float) -> None:
+        """Ask for something else from now on. Registrations that `policy` refuses end; `limits` are for new ones.
+
+        `clock_tolerance_s` stays what it was at the beginning.
+        """
+        self._policy = policy
+        self._limits = limits
+        self._buckets = SenderBuckets(
+            limits.messages_per_host_s,
+            max(limits.messages_per_host_s * BURST_S, limits.registrations_per_host),
+        )
+        self._new = TokenBucket(limits.new_registrations_s, limits.new_registrations_s * BURST_S, now)
+        self.registrations.refuse(
+            lambda record: policy.refusal(record.prefix, record.address, record.public_key or None), now
+        )
 
     # -- messages --------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class RouterSide:
         self.role = RegistrationRouter(
             stack.table,
             directory,
-            RegistrationPolicy(plan.policy, plan.default_policy, router.shortest_prefix_bits),
+            _policy(plan),
             plan.limits,
             plan.client_id,
             (plan.router_id, plan.client_id, DISCOVERY_SERVICE),
@@ -84,6 +84,11 @@ class RouterSide:
                 endpoint.close()
         self._endpoint = self._discovery = None
         self.role.registrations.stop(time.monotonic(), time.time())
+
+    def reconfigure(self, plan: ControllerPlan) -> None:
+        """Another policy, other limits."""
+        self._plan = plan
+        self.role.set_policy(_policy(plan), plan.limits, time.monotonic())
 
     def next_timeout(self) -> float | None:
         """When `run` has something to do, None if never."""
@@ -133,6 +138,10 @@ class RouterSide:
         else:
             log.info(kind, **fields)
         self._stack.events.publish(kind, **fields)
+
+
+def _policy(plan: ControllerPlan) -> RegistrationPolicy:
+    return RegistrationPolicy(plan.policy, plan.default_policy, plan.settings.router.shortest_prefix_bits)
 
 
 class _RefusalLog:

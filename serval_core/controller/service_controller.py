@@ -21,7 +21,7 @@ from serval_core.controller.answers import AnswerSource
 from serval_core.controller.directory import IN_MEMORY, Directory, SqliteDirectory
 from serval_core.controller.dns_source import DnsSource
 from serval_core.controller.host_side import HostSide
-from serval_core.controller.plan import ControllerPlan, plan
+from serval_core.controller.plan import ControllerPlan, plan, refuse_fixed_plan
 from serval_core.controller.resolver import DirectorySource, Resolver, UpstreamSource
 from serval_core.controller.router_side import RouterSide
 from serval_core.controller.settings import ControllerSettings
@@ -61,6 +61,20 @@ class ServiceController:
         """Unregister, save, and leave the stack as it was found. Stopping twice is harmless."""
         self._undo.close()
         self._forget()
+
+    def reconfigure(self, settings: ControllerPlan) -> None:
+        """Have another policy, other limits, routers, keys and terms from now on. Raises Misconfigured, and then nothing has
+        changed, when something else differs.
+        """
+        refuse_fixed_plan(self._plan, settings)
+        before, self._plan = self._plan, settings
+        if self._host is not None:
+            self._host.reconfigure(settings)
+        if self._router is not None:
+            self._router.reconfigure(settings)
+            if settings.routers and not before.routers:
+                self._router.role.registrations.tell_weights()
+        self._wake()
 
     def withhold(self, prefix: ServicePrefix, *, withheld: bool) -> None:
         """Do not register what is bound to `prefix`, because it does not work just now; or do so again."""

@@ -189,7 +189,7 @@ def test_what_is_known_of_a_target_outlives_a_reload(pair: Pair) -> None:
         (RULE, "nothing to do"),
         (
             map_of(9000) + RULE + "[timeouts]\nidle_s = 9\ndrain_s = 9\n",
-            "timeouts.idle_s, timeouts.drain_s: cannot change while the translator runs",
+            "timeouts.idle_s, timeouts.drain_s: cannot change while it runs",
         ),
         (
             map_of(9000) + map_of(2222) + OTHER_RULE,
