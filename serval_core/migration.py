@@ -120,6 +120,13 @@ class Migration:
             if path is not None and flow.state in MOVABLE:
                 self.migrate(flow, path, 0, now)
 
+    def reroute(self, flow: Flow) -> None:
+        """Another next hop leads to the peer. That needs nobody's consent."""
+        path = self._core.paths.path_to(flow.peer_address, flow.interface_index)
+        if path is not None:
+            flow.mtu_bytes = path.mtu_bytes
+            self._move_path(flow)
+
     def takes_fin(self, flow: Flow, now: float) -> bool:
         """Whether our FIN, which has just got its version number or is to be repeated, goes with an RSYN."""
         moves = flow.moves

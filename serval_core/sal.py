@@ -194,6 +194,12 @@ class ServiceAccessLayer:
         """Find the paths of new flows of a service by what `paths_of` returns."""
         self._core.paths_of = paths_of
 
+    def reroute(self, flow_id: FlowID) -> None:
+        """Routing leads a flow's packets another way, through the interface that it is on already."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None and flow.state in MOVABLE:
+            self._migration.reroute(flow)
+
     def bind_datagrams(self, prefix: ServicePrefix | None) -> Endpoint:
         """Receive unconnected datagrams for `prefix`, or a random serviceID. See `unconnected`."""
         return self._unconnected.bind(prefix)

@@ -186,6 +186,7 @@ class ServalStack:
             stack._dataplane.paths,
             stack.events,
             stack._connections,
+            stack._dataplane.neighbours,
             stack._dataplane.flow_counters,
             stack._run_effects,
         )

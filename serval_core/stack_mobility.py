@@ -16,6 +16,7 @@ import structlog
 
 from serval_core.connection import Connection
 from serval_core.dataplane.kernel import FlowCounters
+from serval_core.dataplane.neighbours import Neighbours
 from serval_core.dataplane.tcp_info import TcpInfo, tcp_info
 from serval_core.migration_states import OwnMove
 from serval_core.mobility import Decision, Mobility
@@ -46,15 +47,19 @@ class AutomaticMobility:
         paths: OwnPaths,
         events: ServiceEvents,
         connections: dict[int, Connection],
+        neighbours: Neighbours,
         flow_counters: Callable[[FlowID], FlowCounters],
         run_effects: Callable[[], None],
     ) -> None:
         self.choice = PathChoice(settings, paths, sal.path_quality)
         self.mobility = Mobility(settings, paths, self.choice)
-        self.counters: Counter[str] = Counter(flows_sent_elsewhere=0, flows_without_path=0)
+        self.counters: Counter[str] = Counter(
+            flows_sent_elsewhere=0, flows_without_path=0, flows_rerouted=0
+        )
         self._sal = sal
         self._paths = paths
         self._connections = connections
+        self._neighbours = neighbours
         self._flow_counters = flow_counters
         self._run_effects = run_effects
         self._loop = asyncio.get_running_loop()
@@ -91,6 +96,12 @@ class AutomaticMobility:
     def host_changed(self) -> None:
         """Interfaces, addresses or routes are others: `paths` has new answers."""
         self.mobility.host_changed(time.monotonic())
+        for flow in self._sal.live_flows():
+            hop = self._neighbours.key_of(flow.flow_id)
+            path = None if hop is None else self._paths.path_to(flow.peer_address, flow.interface_index)
+            if path is not None and hop != (path.interface_index, path.next_hop):
+                self._sal.reroute(flow.flow_id)
+                self.counters["flows_rerouted"] += 1
         self._act()
         self._look_soon()
 

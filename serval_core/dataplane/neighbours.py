@@ -55,6 +55,10 @@ class Neighbours:
             self._known[key] = self._ask(key)
         return self._known[key]
 
+    def key_of(self, flow_id: int) -> Key | None:
+        """The next hop that a flow uses."""
+        return self._key_of.get(flow_id)
+
     def release(self, flow_id: int) -> Key | None:
         """The flow sends to its next hop no more. Which one that was; None if it had none."""
         key = self._key_of.pop(flow_id, None)

@@ -127,6 +127,20 @@ def test_a_cable_is_pulled(ends: Ends) -> None:
     ends.finish()
 
 
+def test_another_router_leads_to_the_peer(ends: Ends) -> None:
+    """On the same network; the first one disappears, and with it the neighbour that packets went to."""
+    ip(ends.router, "address", "add", "10.1.1.9/32", "dev", "eth0")
+    new = ("via", "10.1.1.9", "dev", "eth0", "metric", 100, "congctl", "cubic")
+    ip(ends.client_host, "route", "replace", "default", *new)
+    wait_for(lambda: ends.client.counters()["flows_rerouted"] == 1, "the flow to take the other router")
+    ip(ends.router, "address", "del", "10.1.1.1/24", "dev", "eth0")
+    ip(ends.router, "route", "add", "10.1.1.0/24", "dev", "eth0")
+    ip(ends.client_host, "neighbour", "flush", "dev", "eth0")
+    ends.goes_on()
+    assert ends.client.counters()["flows_sent_elsewhere"] == 0
+    ends.finish()
+
+
 def test_an_only_interface_gets_an_address_in_another_subnet(ends: Ends) -> None:
     ip(ends.server_host, "link", "set", "eth1", "down")
     ip(ends.router, "address", "add", "10.3.0.1/24", "dev", "eth2")
