@@ -9,14 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serval_core.effects import (
-    Accepted,
-    Connected,
-    ConnectFailed,
     DeliverDatagram,
     DeliverFlowDatagram,
     Effect,
-    ExpectData,
-    FlowEnded,
     ForgetExpected,
     OpenDatagrams,
 )
@@ -35,7 +30,9 @@ from serval_core.wire.sal import (
     SalPacket,
 )
 from serval_core.wire.udp import UdpDatagram
-from tests.serval_core.lone_host import LOCAL, OTHER, REMOTE, SERVICE, SERVICE_ID, LoneHost
+from tests.serval_core.lone_host import LOCAL, OTHER, REMOTE, SERVICE, SERVICE_ID, LoneHost, Sent
+from tests.serval_core.mad_conversations import REQUEST_QUEUE_LIMIT, EffectOrder, converse
+from tests.serval_core.wire.strategies import keys, proofs
 
 ENDPOINT = parse_service("700")
 EMPTY = udp.emit(UdpDatagram(0, 0, b""), REMOTE, LOCAL)
@@ -93,6 +90,8 @@ well_formed = st.builds(
     st.lists(st.sampled_from((SERVICE_ID, ENDPOINT.service_id)), max_size=2).map(tuple),
     st.just(()) | st.lists(numbers, min_size=2, max_size=20).map(tuple),
     st.binary(max_size=40) | st.just(EMPTY),
+    keys,
+    proofs,
 )
 
 
@@ -108,36 +107,19 @@ def test_well_formed_nonsense_delivers_nothing(packets: list[tuple[SalPacket, in
         assert each.datagram.destination_service == ENDPOINT.service_id
 
 
-class Rules:
-    """What the order of effects promises."""
+class Order(EffectOrder):
+    """The effects of UDP flows."""
 
-    def __init__(self) -> None:
-        self.expected: set[FlowID] = set()
-        self.open: set[FlowID] = set()
-        self.reported: set[FlowID] = set()
-        self.ended: set[FlowID] = set()
-
-    def check(self, effect: Effect) -> None:
-        if isinstance(effect, ExpectData):
-            assert effect.flow_id not in self.expected | self.open
-            self.expected.add(effect.flow_id)
-        elif isinstance(effect, OpenDatagrams):
+    def check_transport(self, effect: Effect) -> None:
+        if isinstance(effect, OpenDatagrams):
             assert effect.flow_id not in self.open | self.reported
             self.expected.add(effect.flow_id)
             self.open.add(effect.flow_id)
         elif isinstance(effect, ForgetExpected):
             self.expected.remove(effect.flow_id)
             self.open.discard(effect.flow_id)
-        elif isinstance(effect, Connected | Accepted):
-            assert effect.flow_id in self.open - self.reported
-            self.reported.add(effect.flow_id)
         elif isinstance(effect, DeliverFlowDatagram):
             assert effect.flow_id in self.open & self.reported
-        elif isinstance(effect, FlowEnded):
-            assert effect.flow_id in self.reported - self.open - self.ended
-            self.ended.add(effect.flow_id)
-        elif isinstance(effect, ConnectFailed):
-            assert effect.flow_id not in self.reported
 
 
 class Knowing:
@@ -167,7 +149,7 @@ class Knowing:
 def mad_conversation(seed: int) -> None:
     """The peers use what they know at random, while our application does the same."""
     random = Random(seed)
-    host, rules = host_with_both(seed, SalSettings(request_queue_limit=3)), Rules()
+    host, order = host_with_both(seed, SalSettings(request_queue_limit=REQUEST_QUEUE_LIMIT)), Order()
     peers = [Knowing(number) for number in (1, 2, 3)]
     flow_ids: list[FlowID] = []
 
@@ -202,36 +184,18 @@ def mad_conversation(seed: int) -> None:
                 host.sal.connect(SERVICE_ID, host.now, random.choice((REMOTE, OTHER)), PROTOCOL_UDP)
             )
             return
-        if rules.reported:
-            flow_id = random.choice(sorted(rules.reported))
+        if order.reported:
+            flow_id = random.choice(sorted(order.reported))
             call = random.choice((host.sal.release, host.sal.abort, None, None))
             if call is None:
                 host.sal.send_on_flow(flow_id, b"data")
             else:
                 call(flow_id, host.now)
 
-    def pass_time() -> None:
-        host.now += random.choice((0.0, 0.1, 1.0, 5.0))
-        host.sal.handle_timeouts(host.now)
+    def learn(sent: Sent) -> None:
+        random.choice(peers).learn(sent.sal)
 
-    for _ in range(60):
-        random.choice((say, say, say, act, pass_time))()
-        for sent in host.packets():
-            if sent.control.flags & SYN:
-                random.choice(peers).learn(sent.sal)
-        while host.log:
-            rules.check(host.log.pop(0))
-        assert host.sal._core.flows.half_open <= 3
-    for flow_id in [*rules.reported, *flow_ids]:
-        host.sal.abort(flow_id, host.now)
-    host.advance(100.0)
-    for effect in host.log:
-        rules.check(effect)
-    core = host.sal._core
-    assert (dict(core.flows.by_id), dict(core.flows.by_syn), core.flows.half_open) == ({}, {}, 0)
-    assert (len(core.timers), len(core.flows.time_wait)) == (0, 0)
-    assert rules.reported == rules.ended
-    assert not rules.open | rules.expected
+    converse(host, random, order, say, act, learn, flow_ids)
 
 
 @pytest.mark.parametrize("first_seed", range(0, 500, 100))

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from serval_core.dataplane.memory_network import Faults, MemoryNetwork
 from serval_core.effects import (
-    Accepted,
     CloseTransport,
-    Connected,
-    ConnectFailed,
     Effect,
-    ExpectData,
-    FlowEnded,
     ForgetExpected,
     OpenTransport,
     ResetTransport,
@@ -35,9 +30,12 @@ from tests.serval_core.lone_host import (
     SERVICE_ID,
     LoneHost,
     Peer,
+    Sent,
     accepted_host,
     connected_host,
 )
+from tests.serval_core.mad_conversations import REQUEST_QUEUE_LIMIT, EffectOrder, converse
+from tests.serval_core.wire.strategies import keys, proofs
 
 numbers = st.integers(0, 0xFFFFFFFF)
 flag_bytes = st.integers(0, 0xFF)
@@ -111,6 +109,8 @@ well_formed = st.builds(
     st.lists(st.just(SERVICE_ID), max_size=2).map(tuple),
     st.just(()) | st.lists(numbers, min_size=2, max_size=20).map(tuple),
     st.binary(max_size=40),
+    keys,
+    proofs,
 )
 
 
@@ -199,20 +199,11 @@ def test_data_needs_both_flow_ids(state: str) -> None:
     assert host.dropped("wrong_peer_flow") == 2
 
 
-class Rules:
-    """The order of effects that `effects` promises, for all flows of a host."""
+class Order(EffectOrder):
+    """The effects of streams."""
 
-    def __init__(self) -> None:
-        self.expected: set[FlowID] = set()
-        self.open: set[FlowID] = set()
-        self.reported: set[FlowID] = set()
-        self.ended: set[FlowID] = set()
-
-    def check(self, effect: Effect) -> None:
-        if isinstance(effect, ExpectData):
-            assert effect.flow_id not in self.expected | self.open
-            self.expected.add(effect.flow_id)
-        elif isinstance(effect, ForgetExpected):
+    def check_transport(self, effect: Effect) -> None:
+        if isinstance(effect, ForgetExpected):
             self.expected.remove(effect.flow_id)
         elif isinstance(effect, OpenTransport):
             assert effect.flow_id not in self.open | self.ended
@@ -220,20 +211,13 @@ class Rules:
             self.open.add(effect.flow_id)
         elif isinstance(effect, CloseTransport | ResetTransport):
             self.open.remove(effect.flow_id)
-        elif isinstance(effect, Accepted | Connected):
-            assert effect.flow_id in self.open - self.reported
-            self.reported.add(effect.flow_id)
-        elif isinstance(effect, FlowEnded):
-            assert effect.flow_id in self.reported - self.open - self.ended
-            self.ended.add(effect.flow_id)
-        elif isinstance(effect, ConnectFailed):
-            assert effect.flow_id not in self.reported
 
 
 def mad_conversation(seed: int) -> None:
     """A peer that knows all numbers uses them at random, while our application does the same."""
     random = Random(seed)
-    host, rules = LoneHost(SalSettings(request_queue_limit=3), seed=seed), Rules()
+    host = LoneHost(SalSettings(request_queue_limit=REQUEST_QUEUE_LIMIT), seed=seed)
+    order = Order()
     host.listen(backlog=2)
     peers = [Peer(options=random.choice((OUR_OPTIONS, Peer().options)), flow_id=n) for n in (1, 2, 3)]
     flow_ids: list[FlowID] = []
@@ -264,34 +248,17 @@ def mad_conversation(seed: int) -> None:
         if random.random() < 0.3:
             flow_ids.append(host.sal.connect(SERVICE_ID, host.now, random.choice((REMOTE, OTHER))))
             return
-        if not rules.reported:
+        if not order.reported:
             return
-        flow_id = random.choice(sorted(rules.reported))
+        flow_id = random.choice(sorted(order.reported))
         call = random.choice((host.sal.release, host.sal.abort, host.sal.fin_acknowledged))
         call(flow_id, host.now)
 
-    def pass_time() -> None:
-        host.now += random.choice((0.0, 0.1, 1.0, 5.0))
-        host.sal.handle_timeouts(host.now)
+    def learn(sent: Sent) -> None:
+        if sent.segment is not None:
+            random.choice(peers).learn(sent)
 
-    for _ in range(60):
-        random.choice((say, say, say, act, pass_time))()
-        for sent in host.packets():
-            if sent.control.flags & SYN and sent.segment is not None:
-                random.choice(peers).learn(sent)
-        while len(host.log) > 0:
-            rules.check(host.log.pop(0))
-        assert host.sal._core.flows.half_open <= 3
-    for flow_id in [*rules.reported, *flow_ids]:
-        host.sal.abort(flow_id, host.now)
-    host.advance(100.0)
-    for effect in host.log:
-        rules.check(effect)
-    core = host.sal._core
-    assert (dict(core.flows.by_id), dict(core.flows.by_syn), core.flows.half_open) == ({}, {}, 0)
-    assert (len(core.timers), len(core.flows.time_wait)) == (0, 0)
-    assert rules.reported == rules.ended
-    assert not rules.open | rules.expected
+    converse(host, random, order, say, act, learn, flow_ids)
 
 
 @pytest.mark.parametrize("first_seed", range(0, 1000, 100))
