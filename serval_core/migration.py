@@ -203,6 +203,9 @@ class Migration:
         elif after(control.ackno, moves.first_verno):
             if moves.sent_at is not None:
                 self._core.round_trips.sample(flow.peer_address, now - moves.sent_at)
+                if moves.path is not None:
+                    key = moves.path.interface_index, flow.peer_address
+                    self._core.path_quality.answered(key, now - moves.sent_at, now)
             if moves.seeking and source != flow.peer_address and is_unicast(source):
                 moves.destination = source
                 self._core.counters["peers_found_again"] += 1

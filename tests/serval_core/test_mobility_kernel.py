@@ -12,7 +12,8 @@ import pytest
 
 from lab.hosts import Host, Lab
 from lab.waiting import wait_for
-from serval_core.mobility_settings import MobilitySection, MobilitySettings
+from serval_core.mobility_settings import InterfaceEntry, MobilitySection, MobilitySettings
+from serval_core.names import format_address
 from serval_core.sal_settings import SalSettings
 from tests.serval_core.controller.controlled import Controlled, host_settings, router_settings
 from tests.serval_core.stack_thread import StackThread, Stream
@@ -260,3 +261,28 @@ def test_nothing_is_left_of_many_flows_that_have_moved(ends: Ends) -> None:
     ends.finish()
     for stack in (ends.client, ends.server):
         wait_for(lambda stack=stack: len(stack.stack.mobility.mobility) == 0, "all flows to be forgotten")
+
+
+def test_what_an_operator_prefers_holds_for_new_flows_and_at_once_for_live_ones(ends: Ends) -> None:
+    for preferred, expected in (("eth1", CLIENT[1]), ("eth0", CLIENT[0])):
+        settings = MobilitySettings(MobilitySection(prefer=(preferred,)))
+        ends.client.call(lambda settings=settings: setattr(ends.client.stack.mobility, "settings", settings))
+        assert ends.near_moves.outcome(ends.near_id, "local")["address"] == expected
+        near, far = ends.client.connect(SERVICE), ends.listener.accept()
+        assert format_address(near.connection.local_address) == expected
+        near.release()
+        far.release()
+    ends.finish()
+
+
+def test_a_metered_interface_is_used_only_while_there_is_nothing_else(ends: Ends) -> None:
+    metered = (InterfaceEntry("eth1", metered=True),)
+    settings = MobilitySettings(MobilitySection(return_after_s=0.2, interface=metered))
+    ends.client.call(lambda: setattr(ends.client.stack.mobility, "settings", settings))
+    ip(ends.client_host, "link", "set", "eth0", "down")
+    assert ends.near_moves.outcome(ends.near_id, "local")["address"] == CLIENT[1]
+    ends.client.call(lambda: ends.client.stack.mobility.mobility.keep_only(()))  # where it was does not matter
+    ip(ends.client_host, "link", "set", "eth0", "up")
+    default_route(ends.client_host, CLIENT[0], "eth0", 100)
+    assert ends.near_moves.outcome(ends.near_id, "local")["address"] == CLIENT[0]
+    ends.finish()
