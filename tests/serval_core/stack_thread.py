@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from lab.hosts import Host
+from lab.waiting import wait_for
 from serval_core.connection import Connection, Listener
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.mobility_settings import MobilitySettings
@@ -210,3 +211,25 @@ def send_in_background(stream: Stream, size_bytes: int, seed: int = 0) -> Callab
         return outcome
 
     return wait
+
+
+def exchange(client: Stream, server: Stream, up_bytes: int, down_bytes: int) -> None:
+    """Both directions at once, compared by hash, then closed."""
+    up, down = send_in_background(client, up_bytes, 1), send_in_background(server, down_bytes, 2)
+    received_up: list[str] = []
+    reader = threading.Thread(target=lambda: received_up.append(server.receive_all()))
+    reader.start()
+    received_down = client.receive_all()
+    reader.join()
+    assert received_up == [up()]
+    assert received_down == down()
+    client.release()
+    server.release()
+
+
+def assert_idle(*stacks: StackThread) -> None:
+    """No transport, no map entry, no flow: waits, because the last packets of a close are under way."""
+    for stack in stacks:
+        wait_for(lambda stack=stack: stack.counters()["open_transports"] == 0, "all transports are closed")
+        assert stack.counters()["flow_map_entries"] == 0
+        assert stack.flows() == []

@@ -16,18 +16,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lab.hosts import Host, Lab
-from lab.loss import Faults, FaultyWire
 from lab.waiting import wait_for
-from lab.wire_counter import WireCounter
 from serval_core.dataplane.devices import OWN_DEVICES
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.errors import KernelRefused
-from serval_core.framing import Framing
 from serval_core.names import parse_service
 from serval_core.rules import Rule
 from serval_core.sal_settings import SalSettings
 from serval_core.stack_socket_server import StackBusy
-from tests.serval_core.stack_thread import StackThread, Stream, send_in_background
+from tests.serval_core.stack_thread import StackThread, Stream, assert_idle, exchange, send_in_background
 
 SERVICE = "76568"
 QUICK = SalSettings(connect_timeout_s=1.0, time_wait_s=0.2, fin_wait2_s=0.5)
@@ -59,28 +56,6 @@ def assert_no_traces(host: Host) -> None:
         assert "clsact" not in host.run(["tc", "qdisc", "show", "dev", interface]).stdout
     assert "100.126" not in host.run(["ip", "route", "show", "table", "all"]).stdout
     assert "serval" not in host.run(["nft", "list", "tables"]).stdout
-
-
-def assert_idle(*stacks: StackThread) -> None:
-    """No transport, no map entry, no flow: waits, because the last packets of a close are under way."""
-    for stack in stacks:
-        wait_for(lambda stack=stack: stack.counters()["open_transports"] == 0, "all transports are closed")
-        assert stack.counters()["flow_map_entries"] == 0
-        assert stack.flows() == []
-
-
-def exchange(client: Stream, server: Stream, up_bytes: int, down_bytes: int) -> None:
-    """Both directions at once, compared by hash, then closed."""
-    up, down = send_in_background(client, up_bytes, 1), send_in_background(server, down_bytes, 2)
-    received_up: list[str] = []
-    reader = threading.Thread(target=lambda: received_up.append(server.receive_all()))
-    reader.start()
-    received_down = client.receive_all()
-    reader.join()
-    assert received_up == [up()]
-    assert received_down == down()
-    client.release()
-    server.release()
 
 
 def test_transfer_with_nothing_configured(stacks: tuple[StackThread, StackThread]) -> None:
@@ -256,57 +231,6 @@ def test_a_failing_callback_costs_nobody_else_anything(stacks: tuple[StackThread
     exchange(client.connect(SERVICE), listener.accept(), 100, 100)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_transfer_over_a_bad_wire(lab: Lab, seed: int) -> None:
-    """Loss, duplication and reordering of control and data packets alike."""
-    client, server = lab.host("client"), lab.host("server")
-    faults = Faults(drop=0.05, duplicate=0.05, reorder=0.05, protocol=144)
-    with (
-        FaultyWire(
-            lab,
-            client,
-            "10.1.0.1/24",
-            server,
-            "10.1.0.2/24",
-            seed=seed,
-            left_to_right=faults,
-            right_to_left=faults,
-        ) as wire,
-        StackThread(client) as near,
-        StackThread(server) as far,
-    ):
-        listener = far.listen(SERVICE)
-        for _ in range(3):
-            stream = near.connect(SERVICE)
-            exchange(stream, listener.accept(), 300_000, 300_000)
-        assert_idle(near, far)
-        assert wire.left_to_right.dropped > 0
-
-
-@pytest.mark.parametrize("mtu", [1500, 9000])
-def test_data_that_overtakes_the_handshake_is_not_lost(lab: Lab, mtu: int) -> None:
-    """The handshake ACK is dropped, so the first data completes the handshake; nothing waits for a retransmission timeout."""
-    client, server = lab.host("client"), lab.host("server")
-    lost_ack = Faults(drop_exactly=frozenset({1}), protocol=144)  # 0 is the SYN
-    with (
-        FaultyWire(lab, client, "10.1.0.1/24", server, "10.1.0.2/24", seed=0, left_to_right=lost_ack, mtu=mtu),
-        StackThread(client) as near,
-        StackThread(server) as far,
-    ):
-        listener = far.listen(SERVICE)
-        stream = near.connect(SERVICE)
-        sent = send_in_background(stream, 60 * mtu)
-        accepted = listener.accept()
-        assert accepted.receive_all() == sent()
-        accepted.socket.close()
-        stream.release()
-        near_tcp = near.counters()
-        assert near_tcp["dataplane_drop_out_not_a_flow"] == 0
-        counters = far.counters()
-        assert {name: count for name, count in counters.items() if name.startswith("dropped_")} == {}
-        assert counters["packets_received"] <= 20, "only what came before the handshake's end goes through user space"
-
-
 def test_next_hop_that_changes_its_mac_address_is_followed(stacks: tuple[StackThread, StackThread]) -> None:
     """Reachable, stale, replaced (as after the failover of a gateway), unknown: data keeps arriving in each state."""
     client, server = stacks
@@ -336,24 +260,6 @@ def test_next_hop_that_changes_its_mac_address_is_followed(stacks: tuple[StackTh
         assert received == payload
     near.abort()
     far.release()
-
-
-@pytest.mark.parametrize("mtu", [1280, 1500, 9000])
-def test_nothing_above_the_mtu_leaves(lab: Lab, mtu: int) -> None:
-    client, server = lab.host("client"), lab.host("server")
-    names = lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24", mtu=mtu)
-    sal = SalSettings(framing=Framing.SAL)
-    with (
-        StackThread(client, sal=sal) as near,
-        StackThread(server, sal=sal) as far,
-        WireCounter(client, names[0], 144, longer_than_bytes=mtu) as oversize,
-        WireCounter(client, names[0], 144, longer_than_bytes=mtu - 20) as full,
-    ):
-        listener = far.listen(SERVICE)
-        stream = near.connect(SERVICE)
-        exchange(stream, listener.accept(), 5_000_000, 5_000_000)
-        assert oversize.count() == 0
-        assert full.count() > 500
 
 
 def test_many_connections_leave_nothing(stacks: tuple[StackThread, StackThread]) -> None:
