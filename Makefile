@@ -2,6 +2,7 @@
 #
 #   make setup   install and build everything          make test    run the tests (ARGS="-k name" for some)
 #   make demo    show it working, in about a minute     make bench   compare it with others (QUICK=1: 3 minutes)
+#   make demo-services   show services that find each other while instances come, go and crash, in about a minute
 #   make lint    ruff and mypy                          make clean   remove what was built
 SHELL := /bin/bash
 VENV := .venv
@@ -12,13 +13,16 @@ PRINT_EXTRAS := import tomllib; \
     print(*sum(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"].values(), []), sep="\n")
 ARGS :=
 
-.PHONY: setup demo test bench lint clean root
+.PHONY: setup demo demo-services test bench lint clean root
 .DELETE_ON_ERROR:
 
 setup: root $(VENV)/.test-tools
 
 demo: root $(VENV)/.built
 	$(RUN) -m lab.demo
+
+demo-services: root $(VENV)/.built
+	$(RUN) -m lab.demo_services
 
 test: root $(VENV)/.test-tools
 	$(RUN) -m pytest $(ARGS)

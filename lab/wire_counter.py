@@ -34,7 +34,7 @@ class WireCounter:
     def __init__(self, host: Host, interface: str, protocol: int, longer_than_bytes: int = -1) -> None:
         self._socket = host.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        _attach(self._socket, _filter(protocol, longer_than_bytes + ETHERNET_HEADER_BYTES))
+        attach_filter(self._socket, _filter(protocol, longer_than_bytes + ETHERNET_HEADER_BYTES))
         self._socket.bind((interface, ETH_P_ALL))
         self._count = 0
 
@@ -71,7 +71,7 @@ def _filter(protocol: int, longer_than_bytes: int) -> list[tuple[int, int, int, 
     ]
 
 
-def _attach(packet_socket: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
+def attach_filter(packet_socket: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     sock_fprog = struct.pack("HP", len(program), ctypes.addressof(instructions))
     packet_socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, sock_fprog)
