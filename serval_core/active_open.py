@@ -11,6 +11,7 @@ from errno import ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT
 
 from serval_core import handshake, transport_part
 from serval_core.addresses import is_unicast
+from serval_core.control_authentication import AUTHENTICATES, Proofs
 from serval_core.core import Core
 from serval_core.effects import Connected, ConnectFailed, SendPacket
 from serval_core.errors import TheirMistake
@@ -19,10 +20,12 @@ from serval_core.flow import Flow, Search
 from serval_core.names import FlowID, ServiceID, format_address
 from serval_core.reset import resets_request
 from serval_core.retransmission import backed_off_s
+from serval_core.sal_settings import Authenticate
 from serval_core.states import Action, Event
 from serval_core.wire import ipv4
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, PROTOCOL_SAL, RST, SYN, SalPacket, emit_control
+from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
+from serval_core.wire.tcp_segment import TcpSegment
 
 # When the handshake ACK is repeated to a prototype: it never repeats its SYN-ACK, so a lost ACK would leave
 # the connection hanging for ever (SPEC 11.1, quirk 10). Its request expires after 3 s.
@@ -113,6 +116,7 @@ class ActiveOpen:
         path = paths.path_to(peer_address, interface_index) or paths.path_to(peer_address)
         if path is None:
             raise TheirMistake("no_path_back")
+        self._agree_on_proofs(flow, ip, sal, segment, now)
 
         asked = sal.source_addresses[1] if sal.source_addresses else ip.source
         self._answered(flow, asked, peer_address, path.interface_index, now)
@@ -131,6 +135,25 @@ class ActiveOpen:
         flow.ways = ()
         flow.search = None
         self._core.step(flow, Event.SYN_ACK_RECEIVED, now)
+
+    def _agree_on_proofs(
+        self, flow: Flow, ip: IPv4Packet, sal: SalPacket, segment: TcpSegment, now: float
+    ) -> None:
+        """What a SYN-ACK says of the authentication of control packets. Raises TheirMistake."""
+        core = self._core
+        wanted = core.settings.authenticate
+        if wanted is Authenticate.OFF or sal.protocol != PROTOCOL_TCP:
+            return
+        if sal.key and (segment.options.capabilities or 0) & AUTHENTICATES:
+            assert sal.control is not None
+            pair = core.key_pairs.current(now)
+            client = flow.flow_id, flow.local_nonce, pair.public
+            server = sal.src_flow_id, sal.control.nonce, sal.key
+            flow.proofs = Proofs.agreed(pair.agree(sal.key), client, server, is_client=True)
+            flow.key_pair = pair
+        elif wanted is Authenticate.REQUIRE:
+            self._refused(flow, ip.source, now)
+            raise TheirMistake("authentication_refused")
 
     def _answered(self, flow: Flow, asked: int, peer_address: int, interface_index: int, now: float) -> None:
         """A SYN that went to `asked` was answered by `peer_address`, another one if a service router was asked."""
@@ -286,6 +309,7 @@ class ActiveOpen:
             flow.send_next,
             flow.service_id,
             transport=transport_part.of_handshake_ack(flow, core.settings, now),
+            key=b"" if flow.key_pair is None else flow.key_pair.public,
         )
         # Ours repeats its SYN-ACK; and whoever has our ACK is left alone once that shows (close.receive).
         if flow.options.capabilities is None and flow.retransmissions < len(_ACK_REPEAT_GAPS_S):

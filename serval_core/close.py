@@ -44,6 +44,8 @@ from serval_core.wire.sal import (
     SYN,
     Control,
     SalPacket,
+    emit,
+    parse,
 )
 
 _SERIAL_MASK = 0xFFFFFFFF
@@ -129,6 +131,8 @@ class Close:
             self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
             return
         flags = control.flags
+        if flags != SYN | ACK:  # of a server that does not have our key yet
+            self._core.check_proof(flow, ip, sal)
         if flags & RST:
             self._reset_received(flow, ip.source, control, now)
             return
@@ -157,7 +161,7 @@ class Close:
         if flags & FIN:
             self._fin_received(flow, control, now)
         elif not brings_news:
-            self._migration.acknowledged(flow, control, now)
+            self._migration.acknowledged(flow, ip.source, control, now)
 
     def _migration_received(
         self, flow: Flow, ip: IPv4Packet, control: Control, interface_index: int, now: float
@@ -189,10 +193,15 @@ class Close:
             raise TheirMistake("time_wait")
         if control.nonce != record.peer_nonce:
             raise TheirMistake("wrong_nonce")
+        if record.proofs is not None:
+            record.proofs.check(ip.source, ip.destination, sal)
         # To where the peer is now: it may have moved since.
         packet, interface_index = record.acknowledgement, record.interface_index
         if ip.source != record.destination:
-            packet, interface_index = ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, packet[20:]), 0
+            said = parse(packet[ipv4.HEADER_BYTES :])
+            if record.proofs is not None:
+                said = said._replace(proof=record.proofs.make(ip.destination, ip.source, said))
+            packet, interface_index = ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, emit(said)), 0
         self._core.effects.append(SendPacket(packet, ip.source, interface_index))
         raise TheirMistake("repeated_control")
 
@@ -335,6 +344,10 @@ class Close:
         if flow.state is State.TIMEWAIT:
             # The last ACK that was sent acknowledged the peer's FIN, and nothing changes any more.
             record = TimeWait(
-                flow.peer_nonce, flow.last_acknowledgement, flow.peer_address, flow.interface_index
+                flow.peer_nonce,
+                flow.last_acknowledgement,
+                flow.peer_address,
+                flow.interface_index,
+                flow.proofs,
             )
             self._core.flows.keep_in_time_wait(flow.flow_id, record, now)

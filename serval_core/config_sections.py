@@ -40,6 +40,7 @@ class StackSection(Struct, frozen=True, forbid_unknown_fields=True):
     framing: FramingName = "auto"
     service_framing: dict[str, FramingName] = {}  # by serviceID, prefix or name; the longest prefix decides
     native_ports: Ports = "61000-65535"  # TCP ports that framing `native` may take
+    authenticate: Literal["off", "offer", "require"] = "off"  # control packets between our own stacks carry proofs
     broadcast_resolution: bool = True
     syn_initial_timeout_s: Seconds = 0.2
     syn_timeout_max_s: Seconds = 3.0

@@ -14,7 +14,7 @@ from serval_core.framing import Framing, ServiceFraming
 from serval_core.mobility_settings import MobilitySettings
 from serval_core.names import parse_service
 from serval_core.nearest import nearest
-from serval_core.sal_settings import SalSettings
+from serval_core.sal_settings import Authenticate, SalSettings
 from serval_core.stack import StackSettings
 
 _AVAILABLE_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
@@ -38,6 +38,7 @@ def stack_settings(
             delay_limit=stack.delay_limit,
             delay_timeout_s=stack.delay_timeout_s,
             backlog=stack.backlog,
+            authenticate=Authenticate(stack.authenticate),
             framing=Framing(stack.framing),
             service_framings=tuple(
                 ServiceFraming(parse_service(text), Framing(framing))

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from serval_core.control_authentication import KeyPairs
 from serval_core.delay_queue import DelayQueue
 from serval_core.effects import Effect, FlowEnded, Happened, SendPacket
 from serval_core.flow import Flow
@@ -25,7 +26,16 @@ from serval_core.service_table import ServiceTable
 from serval_core.states import CONNECTION, Action, Event, ImpossibleEvent, State
 from serval_core.timers import NO_TIMER, Timers
 from serval_core.wire import ipv4
-from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, emit_control
+from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.sal import (
+    PROTOCOL_SAL,
+    PROTOCOL_TCP,
+    RSYN,
+    Control,
+    SalPacket,
+    emit,
+    emit_control,
+)
 
 Handler = Callable[[Flow, float], None]
 
@@ -53,6 +63,7 @@ class Core:
         "effects",
         "flows",
         "framings",
+        "key_pairs",
         "last_listener_id",
         "liveness",
         "native_ports",
@@ -82,6 +93,7 @@ class Core:
         self.paths_of: Callable[[ServiceID], PathFinder] = lambda _: paths  # of flows that this host opens
         self.path_quality = PathQuality()
         self.random = random
+        self.key_pairs = KeyPairs(random.getrandbits)
         self.flows = FlowTable(settings.time_wait_s, settings.time_wait_limit)
         self.timers = Timers()
         self.round_trips = RoundTrips()
@@ -134,9 +146,10 @@ class Core:
         service: ServiceID | None = None,
         source_addresses: tuple[int, ...] = (),
         transport: bytes = b"",
+        key: bytes = b"",
     ) -> bytes:
         """Send a control packet of the flow to its peer, and return the IPv4 packet."""
-        packet = self.control_packet(flow, flags, verno, service, source_addresses, transport)
+        packet = self.control_packet(flow, flags, verno, service, source_addresses, transport, key)
         self.effects.append(SendPacket(packet, flow.peer_address, flow.interface_index))
         return packet
 
@@ -148,13 +161,14 @@ class Core:
         service: ServiceID | None = None,
         source_addresses: tuple[int, ...] = (),
         transport: bytes = b"",
+        key: bytes = b"",
     ) -> bytes:
         """The IPv4 packet that `send_control` sends."""
-        return ipv4.emit(
-            flow.local_address,
-            flow.peer_address,
-            PROTOCOL_SAL,
-            emit_control(
+        source, destination = flow.local_address, flow.peer_address
+        if flow.proofs is not None:
+            payload = self.proven_control(flow, flags, verno, source, destination, service, transport, key)
+        else:
+            payload = emit_control(
                 flow.flow_id,
                 flow.peer_flow_id,
                 flow.protocol,
@@ -165,22 +179,71 @@ class Core:
                 service,
                 source_addresses,
                 transport,
-            ),
-        )
+                key,
+            )
+        return ipv4.emit(source, destination, PROTOCOL_SAL, payload)
 
-    def send_control_on(self, flow: Flow, flags: int, verno: int, path: Path, destination: int) -> None:
-        """Send a control packet of the flow on another path than its own, to `destination`."""
-        payload = emit_control(
+    def send_control_on(
+        self,
+        flow: Flow,
+        flags: int,
+        verno: int,
+        path: Path,
+        destination: int,
+        service: ServiceID | None = None,
+    ) -> None:
+        """Send a control packet of the flow on another path than its own, to `destination`.
+
+        One that names a service may be passed on to somewhere else, so its proof says nothing of addresses.
+        """
+        source = path.source_address
+        if flow.proofs is not None:
+            ends = (source, destination) if service is None else (0, 0)
+            payload = self.proven_control(flow, flags, verno, *ends, service)
+        else:
+            payload = emit_control(
+                flow.flow_id,
+                flow.peer_flow_id,
+                flow.protocol,
+                flags,
+                verno,
+                flow.receive_next,
+                flow.local_nonce,
+                service,
+            )
+        packet = ipv4.emit(source, destination, PROTOCOL_SAL, payload)
+        self.effects.append(SendPacket(packet, destination, path.interface_index))
+
+    def proven_control(
+        self,
+        flow: Flow,
+        flags: int,
+        verno: int,
+        source: int,
+        destination: int,
+        service: ServiceID | None = None,
+        transport: bytes = b"",
+        key: bytes = b"",
+    ) -> bytes:
+        """The SAL part of a control packet that goes from `source` to `destination`, with its proof."""
+        assert flow.proofs is not None
+        said = SalPacket(
             flow.flow_id,
             flow.peer_flow_id,
             flow.protocol,
-            flags,
-            verno,
-            flow.receive_next,
-            flow.local_nonce,
+            Control(flags, verno, flow.receive_next, flow.local_nonce),
+            () if service is None else (service,),
+            (),
+            transport,
+            key,
         )
-        packet = ipv4.emit(path.source_address, destination, PROTOCOL_SAL, payload)
-        self.effects.append(SendPacket(packet, destination, path.interface_index))
+        return emit(said._replace(proof=flow.proofs.make(*covered(flow, source, destination), said)))
+
+    def check_proof(self, flow: Flow, ip: IPv4Packet, said: SalPacket) -> None:
+        """Whether the peer has said this, if the flow's control packets are authenticated. Raises TheirMistake."""
+        if flow.proofs is not None:
+            ends = (0, 0) if said.services and said.control and said.control.flags & RSYN else (ip.source, ip.destination)
+            flow.proofs.check(*covered(flow, *ends), said)
 
     def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the flow's retransmission timer, in place of the one that may be running."""
@@ -237,3 +300,8 @@ class Core:
         """Forget a flow that the application knows of, and tell it."""
         self.forget(flow, now)
         self.effects.append(FlowEnded(flow.flow_id, flow.errno))
+
+
+def covered(flow: Flow, source: int, destination: int) -> tuple[int, int]:
+    """The addresses that proofs say something of: none that a NAT, which UDP encapsulation is for, may change."""
+    return (0, 0) if flow.outer_ports is not None else (source, destination)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from serval_core.control_authentication import KeyPair, Proofs
 from serval_core.delay_queue import Parked
 from serval_core.framing import Framing
 from serval_core.moves import Moves
@@ -113,6 +114,7 @@ class Flow:
         "initial_sequence",
         "initial_verno",
         "interface_index",
+        "key_pair",
         "last_acknowledgement",
         "lifetime_timer",
         "listener",
@@ -130,6 +132,7 @@ class Flow:
         "peer_initial_sequence",
         "peer_nonce",
         "peer_window_bytes",
+        "proofs",
         "protocol",
         "receive_next",
         "released",
@@ -169,6 +172,10 @@ class Flow:
         self.peer_nonce = b""
         self.fin_verno: int | None = None
         self.last_acknowledgement = b""
+
+        # Authentication of control packets. Our key, if the handshake agreed on it; the proofs, when it is over.
+        self.key_pair: KeyPair | None = None
+        self.proofs: Proofs | None = None
 
         # Where the two ends are.
         self.local_address = 0
@@ -223,3 +230,4 @@ class TimeWait(NamedTuple):
     acknowledgement: bytes  # the IPv4 packet to answer with
     destination: int
     interface_index: int
+    proofs: Proofs | None

@@ -9,10 +9,11 @@ answers only what the SYN offered.
 
 from __future__ import annotations
 
+from serval_core.control_authentication import AUTHENTICATES
 from serval_core.effects import TransportParameters
 from serval_core.flow import Flow
 from serval_core.framing import Framing
-from serval_core.sal_settings import SalSettings
+from serval_core.sal_settings import Authenticate, SalSettings
 from serval_core.wire.tcp_segment import ACK, NO_OPTIONS, SYN, TcpOptions, TcpSegment
 
 SAL_OVERHEAD_BYTES = 20 + 12  # IPv4 and SAL base header of a data packet
@@ -21,8 +22,6 @@ TCP_HEADER_BYTES = 20
 MSS_MIN_BYTES = 88  # what the kernel takes (TCP_MIN_MSS); no honest peer offers less
 MSS_WITHOUT_OPTION_BYTES = 536 - 12  # RFC 9293 3.7.1, less the SAL header, as the prototype has it
 MSS_MAX_BYTES = 32767
-CAPABILITIES = 0
-"""The flags of our capabilities option: none is defined yet. Its presence says whose stack this is."""
 
 _WINDOW_MAX = 0xFFFF
 _SERIAL_MASK = 0xFFFFFFFF
@@ -78,7 +77,7 @@ def syn_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment:
         settings.window_scale,
         settings.sack,
         (timestamp_value(flow, now), 0) if settings.timestamps else None,
-        CAPABILITIES,
+        AUTHENTICATES if settings.authenticate is not Authenticate.OFF else 0,
         flow.native_port,
     )
     window = min(settings.receive_window_bytes, _WINDOW_MAX)
@@ -93,7 +92,7 @@ def syn_ack_segment(flow: Flow, settings: SalSettings, now: float) -> TcpSegment
         None if offered.window_scale is None else settings.window_scale,
         settings.sack and offered.sack_permitted,
         _answering_timestamp(flow, settings, now),
-        None if offered.capabilities is None else CAPABILITIES,
+        None if offered.capabilities is None else 0 if flow.key_pair is None else AUTHENTICATES,
         flow.native_port,
     )
     window = min(settings.receive_window_bytes, _WINDOW_MAX)

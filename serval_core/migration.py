@@ -213,10 +213,16 @@ class Migration:
         else:
             raise TheirMistake("old_migration")
 
-    def acknowledged(self, flow: Flow, control: Control, now: float) -> None:
-        """A bare ACK came that acknowledges nothing new: it may be what confirms our RSYN-ACK."""
+    def acknowledged(self, flow: Flow, source: int, control: Control, now: float) -> None:
+        """A bare ACK came from address `source` that acknowledges nothing new: it may confirm our RSYN-ACK.
+
+        It need not come from where the peer wants to be (SPEC 5.7). With a proof it does, and says so: whoever
+        has the RSYN sent again from somewhere else gains nothing.
+        """
         moves = flow.moves
         if moves is None or moves.peer is not PeerMove.PROVING or moves.peer_verno is None:
+            return
+        if flow.proofs is not None and flow.outer_ports is None and source != moves.candidate_address:
             return
         ahead = control.verno - moves.peer_verno - 1 & _SERIAL_MASK
         if ahead <= self._core.settings.version_gap_limit:

@@ -11,7 +11,8 @@ from errno import ECONNABORTED
 from serval_core import handshake, transport_part
 from serval_core.addresses import is_unicast
 from serval_core.connected_datagrams import ConnectedDatagrams
-from serval_core.core import Core
+from serval_core.control_authentication import AUTHENTICATES, KeyPair, Proofs
+from serval_core.core import Core, covered
 from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment, SendPacket
 from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, Listener, SynKey
@@ -20,10 +21,21 @@ from serval_core.paths import Path
 from serval_core.reset import answer_with_reset, resets_flow
 from serval_core.retransmission import backed_off_s
 from serval_core.rules import Rule
+from serval_core.sal_settings import Authenticate
 from serval_core.states import Action, Event, State
 from serval_core.wire import tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, MAX_SOURCE_ADDRESSES, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket
+from serval_core.wire.sal import (
+    ACK,
+    MAX_SOURCE_ADDRESSES,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    RST,
+    RSYN,
+    SYN,
+    SalPacket,
+)
+from serval_core.wire.tcp_segment import TcpSegment
 
 
 class PassiveOpen:
@@ -120,6 +132,7 @@ class PassiveOpen:
         if listener.waiting >= listener.backlog:
             raise TheirMistake("backlog_full")
         segment = transport_part.read_syn(ip, sal)
+        proven = self._agrees_on_proofs(ip, sal, segment, interface_index, broadcast)
         path = self._path_back(peer_address, interface_index, bool(sal.source_addresses))
         local_address = ip.destination
         if broadcast or sal.source_addresses:
@@ -144,6 +157,7 @@ class PassiveOpen:
         if sal.source_addresses:
             flow.source_addresses = (*sal.source_addresses, local_address)
         flow.timeout_s = core.round_trips.timeout_s(peer_address, core.settings.synack_timeout_s)
+        flow.key_pair = core.key_pairs.current(now) if proven else None
         flow.framing = core.framings.of_service(flow.service_id)
         if segment.options.native_port and core.flows.half_open < core.settings.native_half_open_limit:
             core.offer_native(flow)
@@ -151,6 +165,20 @@ class PassiveOpen:
         core.flows.half_open += 1
         core.restart_lifetime(flow, now + core.settings.request_expiry_s, self._expire)
         core.step(flow, Event.SYN_RECEIVED, now)
+
+    def _agrees_on_proofs(
+        self, ip: IPv4Packet, sal: SalPacket, segment: TcpSegment, interface_index: int, broadcast: bool
+    ) -> bool:
+        """Whether control packets of the new flow are to be authenticated. TheirMistake if they cannot and must."""
+        wanted = self._core.settings.authenticate
+        if wanted is Authenticate.OFF or sal.protocol != PROTOCOL_TCP:
+            return False
+        if (segment.options.capabilities or 0) & AUTHENTICATES:
+            return True
+        if wanted is Authenticate.REQUIRE:
+            self._refuse(ip, sal, interface_index, broadcast)
+            raise TheirMistake("authentication_required")
+        return False
 
     def _refuse(self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool) -> None:
         """Tell a client of ours that it had better ask another instance.
@@ -170,6 +198,8 @@ class PassiveOpen:
         """Process a packet for a flow in RESPOND. Raises TheirMistake."""
         control = sal.control
         if control is None:
+            if flow.key_pair is not None:
+                raise TheirMistake("proof_missing")  # the key comes with the ACK
             self._first_data(flow, ip, sal, now)
             return
         if control.flags & RST:
@@ -185,6 +215,8 @@ class PassiveOpen:
             raise TheirMistake("wrong_ackno")
         if control.verno != flow.receive_next:
             raise TheirMistake("wrong_verno")
+        if flow.key_pair is not None:
+            self._check_first_proof(flow, flow.key_pair, ip, sal)
         window_bytes = transport_part.read_handshake_ack(flow, ip, sal)
         if control.flags == RSYN:
             # The ACK was lost, and the client is already elsewhere. Following it is the next step (`migration`).
@@ -199,6 +231,16 @@ class PassiveOpen:
         if flow.retransmissions == 0:
             self._core.round_trips.sample(flow.peer_address, now - flow.first_sent_at)
         self._complete(flow, window_bytes, now)
+
+    def _check_first_proof(self, flow: Flow, pair: KeyPair, ip: IPv4Packet, sal: SalPacket) -> None:
+        """The client's key, and whether what came with it is right. Raises TheirMistake."""
+        if not sal.key:
+            raise TheirMistake("proof_missing")
+        client = flow.peer_flow_id, flow.peer_nonce, sal.key
+        server = flow.flow_id, flow.local_nonce, pair.public
+        proofs = Proofs.agreed(pair.agree(sal.key), client, server, is_client=False)
+        proofs.check(*covered(flow, ip.source, ip.destination), sal)
+        flow.proofs = proofs
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
         """Data that overtook the handshake ACK, or came in its place."""
@@ -265,6 +307,7 @@ class PassiveOpen:
             flow.initial_verno,
             source_addresses=flow.source_addresses,
             transport=transport_part.of_syn_ack(flow, core.settings),
+            key=b"" if flow.key_pair is None else flow.key_pair.public,
         )
         wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.request_expiry_s)
         core.restart_retransmission(flow, now + wait_s, self._repeat_syn_ack)

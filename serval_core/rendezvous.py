@@ -13,12 +13,9 @@ with a peer of ours, since a prototype answers with an RST to what names a servi
 from __future__ import annotations
 
 from serval_core.core import Core
-from serval_core.effects import SendPacket
 from serval_core.flow import Flow
 from serval_core.paths import Path
 from serval_core.rules import RuleType
-from serval_core.wire import ipv4
-from serval_core.wire.sal import PROTOCOL_SAL, emit_control
 
 COPIES_LIMIT = 8
 """How many instances are asked at a time, here and at a service router: these packets multiply on their way."""
@@ -41,25 +38,11 @@ def seek(core: Core, flow: Flow, flags: int, path: Path) -> bool:
                 continue
             way = core.paths.path_to(target.address, path.interface_index)
             if target.broadcast or way is not None:
-                _send(core, flow, flags, target.address, path)
+                verno = flow.send_next - 1 & 0xFFFFFFFF
+                core.send_control_on(flow, flags, verno, path, target.address, flow.service_id)
                 sent += 1
         if targets[0].broadcast:
             break
         asked |= {target.address for target in targets}
     core.counters["rendezvous_packets"] += sent
     return sent > 0
-
-
-def _send(core: Core, flow: Flow, flags: int, destination: int, path: Path) -> None:
-    payload = emit_control(
-        flow.flow_id,
-        flow.peer_flow_id,
-        flow.protocol,
-        flags,
-        flow.send_next - 1 & 0xFFFFFFFF,
-        flow.receive_next,
-        flow.local_nonce,
-        flow.service_id,
-    )
-    packet = ipv4.emit(path.source_address, destination, PROTOCOL_SAL, payload)
-    core.effects.append(SendPacket(packet, destination, path.interface_index))

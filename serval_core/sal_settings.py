@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
 
 from serval_core.errors import OurMistake
 from serval_core.framing import Framing, ServiceFraming
 from serval_core.wire.tcp_segment import MAX_WINDOW_SCALE
+
+
+class Authenticate(StrEnum):
+    """Whether control packets of streams carry proofs (`control_authentication`). OFFER: if the peer has them, too."""
+
+    OFF = "off"
+    OFFER = "offer"
+    REQUIRE = "require"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,7 @@ class SalSettings:
     return_retransmissions: int = 5
     rendezvous_after: int = 2  # unanswered RSYNs after which the peer is looked for elsewhere too (`rendezvous`)
     no_path_wait_s: float = 90.0  # less than the kernel's TCP waits (DataPlaneSettings.peer_timeout_s)
+    authenticate: Authenticate = Authenticate.OFF
     version_gap_limit: int = 256  # how far a version number may run ahead (SPEC 11.1, quirk 7)
 
     # Released, but the peer's TCP has not acknowledged our last bytes. A peer may read slowly, and one that is
