@@ -13,8 +13,8 @@ from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.dataplane.native_ports import PortRange
 from serval_core.framing import Framing
 from serval_core.sal_settings import SalSettings
-from tests.serval_core.stack_thread import StackThread, Stream
-from tests.serval_core.test_stack import assert_idle, assert_no_traces, exchange
+from tests.serval_core.stack_thread import StackThread, Stream, assert_idle, exchange
+from tests.serval_core.test_stack import assert_no_traces
 
 SERVICE = "76568"
 AUTO = SalSettings(time_wait_s=0.2, fin_wait2_s=0.5)
