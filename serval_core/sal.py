@@ -453,6 +453,7 @@ def _snapshot(flow: Flow, core: Core) -> dict[str, object]:
         "opened_at": flow.opened_at,
         "round_trip_s": core.round_trips.smoothed_s(flow.peer_address),
         "mtu_bytes": flow.mtu_bytes,
+        "authenticated": flow.proofs is not None,
         "migration": "INITIAL" if flow.moves is None else flow.moves.name,
         "migrations": 0 if flow.moves is None else flow.moves.completed,
     }

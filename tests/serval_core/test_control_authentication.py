@@ -278,3 +278,16 @@ def test_key_pairs_are_forgotten() -> None:
     pairs = KeyPairs(lambda bits: next(numbers))
     made = [pairs.current(now).public for now in (0.0, 599.0, 600.0, 1300.0)]
     assert [before == after for before, after in pairwise(made)] == [True, False, False]
+
+
+def test_an_rsyn_that_a_service_router_passed_on_is_believed() -> None:
+    """Its addresses were changed on the way, and the router's is in it now (`rendezvous`)."""
+    talk = Conversation(REQUIRE, REQUIRE)
+    talk.open()
+    core = talk.client.sal._core
+    (flow,) = core.flows.by_id.values()
+    said = core.proven_control(flow, RSYN, flow.send_next, 0, 0, SERVICE.service_id)
+    forwarded = sal.append_source(said, ELSEWHERE, ATTACKER)
+    talk.network.inject(talk.server, ipv4.emit(ELSEWHERE, SERVER_ADDRESS, 144, forwarded))
+    talk.network.run(talk.network.now + 0.001)
+    assert [flow["migration"] for flow in talk.server.sal.flows()] == ["RECV"]

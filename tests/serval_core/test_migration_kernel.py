@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from lab.hosts import Host, Lab
 from lab.waiting import wait_for
 from serval_core.datagrams import DatagramFlow
 from serval_core.names import FlowID, parse_service
-from serval_core.sal_settings import SalSettings
+from serval_core.sal_settings import Authenticate, SalSettings
 from tests.serval_core.stack_thread import StackThread, Stream
 from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, cut, two_paths
 
@@ -99,6 +100,21 @@ def test_a_smaller_mtu_of_the_new_path_is_obeyed(lab: Lab) -> None:
             wait_for(lambda t=transfer, b=bytes_before: t.received_bytes > b + 3_000_000, "data on the new path")
             transfer.finish()
         ends.close()
+
+
+def test_authenticated_flows_move(lab: Lab) -> None:
+    hosts = two_paths(lab)
+    proven = replace(QUICK, authenticate=Authenticate.REQUIRE)
+    with StackThread(hosts[0], sal=proven) as client, StackThread(hosts[1], sal=proven) as server:
+        ends = Ends(hosts, client, server)
+        assert [flow["authenticated"] for stack in (client, server) for flow in stack.flows()] == [True, True]
+        transfer = Transfer(ends.near, ends.far)
+        ends.near_mover.move(ends.near_id, "eth1")
+        ends.far_mover.move(ends.far_id, "eth1")
+        assert transfer.finish() > 0
+        ends.close()
+        for stack in (client, server):
+            assert not [name for name, count in stack.counters().items() if name.startswith("dropped_") and count]
 
 
 def test_a_hundred_migrations_under_load(ends: Ends) -> None:
