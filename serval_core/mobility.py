@@ -78,6 +78,7 @@ class Mobility:
         self._paths = paths
         self._choice = choice
         self._standing = {each.index: _Standing(-inf) for each in paths.interfaces()}
+        self._places = {(each.index, each.address) for each in paths.interfaces()}
         self._homes: dict[FlowID, _Place] = {}
         self._placed: set[FlowID] = set()
         self._searches: dict[FlowID, _Search] = {}
@@ -106,9 +107,13 @@ class Mobility:
                 self._standing[index] = _Standing(now)
             elif not known.there:
                 known.there, known.since = True, now
-        for search in self._searches.values():
-            search.tried.clear()
-            search.since = -inf
+        # Notifications that change nothing for us must not make flows try for ever.
+        places = {(each.index, each.address) for each in self._paths.interfaces()}
+        if places != self._places:
+            self._places = places
+            for search in self._searches.values():
+                search.tried.clear()
+                search.since = -inf
 
     def placed(self, flow_ids: Iterable[FlowID]) -> None:
         """An operator, or whoever balances the load, sends these flows somewhere: they stay there."""
@@ -179,13 +184,11 @@ class Mobility:
             return self._by_wish(flow, now) if works else self._by_need(flow, now)
         if flow.migration is OwnMove.MOVING and goal is not None:
             if not self._exists(goal.source_address, goal.interface_index, flow.peer_address):
-                if works:
-                    back = self._paths.path_to(flow.peer_address, flow.interface_index)
-                    assert back is not None
-                    return Decision(flow.flow_id, back._replace(source_address=flow.local_address), "its goal is gone")
-                return self._by_need(flow, now)
+                return self._back(flow, "its goal is gone") if works else self._by_need(flow, now)
             if works:
-                return None
+                if self._searches.pop(flow.flow_id, None) is None:
+                    return None
+                return self._back(flow, "its path is there again")
             search = self._searches.setdefault(flow.flow_id, _Search())
             if search.since == -inf:
                 search.since = now
@@ -200,6 +203,15 @@ class Mobility:
                 return None
             search.tried.clear()
         return self._by_need(flow, now)
+
+    def _back(self, flow: LiveFlow, why: str) -> Decision:
+        """The flow is to stay on its path, whatever it has told its peer meanwhile."""
+        path = self._paths.path_to(flow.peer_address, flow.interface_index)
+        assert path is not None
+        home = self._homes.get(flow.flow_id)
+        if home is not None and home.interface_index == flow.interface_index:
+            del self._homes[flow.flow_id]
+        return Decision(flow.flow_id, path._replace(source_address=flow.local_address), why)
 
     def _by_need(self, flow: LiveFlow, now: float) -> Decision | None:
         """The flow has to leave where it is."""

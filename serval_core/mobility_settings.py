@@ -30,7 +30,7 @@ from serval_core.names import ServiceID, ServicePrefix
 
 Wait = Annotated[float, Meta(ge=0, le=86_400)]
 Choice = Literal["route", "cost", "rtt", "loss"]
-Rank = tuple[bool, float, float]
+Rank = tuple[bool, float]
 
 
 class InterfaceEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,8 +106,7 @@ class MobilitySettings(Struct, frozen=True):
 
     def rank(self, service_id: ServiceID, interface: str) -> Rank:
         """How good an interface is for flows of a service, by what the operator says: the smaller, the better."""
-        cost = self.cost(interface) if self.choice(service_id) == "cost" else 0
-        return self.is_metered(interface), self.preference(service_id, interface), cost
+        return self.is_metered(interface), self.preference(service_id, interface)
 
     @property
     def ranks(self) -> bool:

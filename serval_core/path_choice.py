@@ -69,8 +69,10 @@ class PathChoice:
         best_rank = min(ranks)
         left = [path for path, rank in zip(candidates, ranks, strict=True) if rank == best_rank]
         choice = settings.choice(service_id)
-        if len(left) == 1 or choice in ("route", "cost"):
+        if len(left) == 1 or choice == "route":
             return left[0]
+        if choice == "cost":
+            return min(left, key=lambda path: settings.cost(path.interface_name))
         return min(left, key=lambda path: self._measure(choice, path, address, path is left[0], now))
 
     def _measure(

@@ -21,6 +21,7 @@ from serval_core.dataplane.tcp_info import TcpInfo, tcp_info
 from serval_core.migration_states import OwnMove
 from serval_core.mobility import Decision, Mobility
 from serval_core.mobility_settings import MobilitySettings
+from serval_core.moves import LiveFlow
 from serval_core.names import FlowID, parse_address
 from serval_core.path_choice import PathChoice
 from serval_core.sal import ServiceAccessLayer
@@ -96,20 +97,24 @@ class AutomaticMobility:
     def host_changed(self) -> None:
         """Interfaces, addresses or routes are others: `paths` has new answers."""
         self.mobility.host_changed(time.monotonic())
-        for flow in self._sal.live_flows():
+        flows = self._sal.live_flows()
+        for flow in flows:
             hop = self._neighbours.key_of(flow.flow_id)
             path = None if hop is None else self._paths.path_to(flow.peer_address, flow.interface_index)
             if path is not None and hop != (path.interface_index, path.next_hop):
                 self._sal.reroute(flow.flow_id)
                 self.counters["flows_rerouted"] += 1
-        self._act()
+        self._decide(flows)
         self._look_soon()
 
     # -- moving -------------------------------------------------------------------------------------------------------
 
     def _act(self) -> None:
+        self._decide(self._sal.live_flows())
+
+    def _decide(self, flows: list[LiveFlow]) -> None:
         now = time.monotonic()
-        self._carry_out(self.mobility.decide(self._sal.live_flows(), now), now)
+        self._carry_out(self.mobility.decide(flows, now), now)
         self._run_effects()
         self._act_later(self.mobility.next_timeout())
 

@@ -228,6 +228,16 @@ def test_a_flow_in_need_tries_one_path_after_the_other_and_each_once() -> None:
     assert world.now == began + 3.0 + STRANDED_RETRY_S
 
 
+def test_notifications_that_change_nothing_do_not_make_a_flow_try_for_ever() -> None:
+    world = World()
+    world.change(lost=[ETH])
+    world.wait()
+    for _ in range(100):
+        world.now += 5.0
+        assert world.change() is None
+    assert goal_of(world.change(found=[ETH])) == "eth0"
+
+
 def test_a_goal_that_disappears_is_given_up() -> None:
     world = World()
     world.change(lost=[ETH])

@@ -71,11 +71,11 @@ def test_nothing_is_preferred_unless_it_is_said() -> None:
     assert settings.rank(WEB, "eth0") == settings.rank(WEB, "wwan0")
 
 
-def test_preferences_come_before_cost_and_after_metered_interfaces(settings: MobilitySettings) -> None:
+def test_preferences_come_after_metered_interfaces(settings: MobilitySettings) -> None:
     names = ["wwan0", "eth7", "wlan3", "eth0"]
     assert sorted(names, key=lambda name: settings.rank(WEB, name)) == ["eth0", "wlan3", "eth7", "wwan0"]
-    assert settings.rank(WEB, "wwan0") == (True, inf, 10)
-    assert settings.rank(parse_service("1").service_id, "eth7") == (False, inf, 0)
+    assert settings.rank(WEB, "wwan0") == (True, inf)
+    assert (settings.cost("wwan0"), settings.cost("eth7")) == (10, 1)
 
 
 def test_what_a_service_says_replaces_what_holds_for_all(settings: MobilitySettings) -> None:
