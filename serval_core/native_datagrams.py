@@ -33,8 +33,6 @@ class NativeDatagrams:
 
     def bind(self, client: Client, request: Request) -> None:
         """Receive datagrams from now on; without a service, for a random serviceID."""
-        if client.datagram_end is not None:
-            raise Refused(errno.EINVAL, "this socket is bound already")
         prefix = request.prefix() if request.service else None
         if prefix is not None:
             self._service.check(client, "bind", prefix)
@@ -78,6 +76,7 @@ class NativeDatagrams:
         if len(message) <= DATAGRAM.size:
             raise Refused(errno.EINVAL, "a Serval datagram has at least one byte")
         _, address, _, destination, source = DATAGRAM.unpack_from(message)
+        self._service.check_destination(address)
         payload, end = message[DATAGRAM.size :], client.datagram_end
         try:
             if isinstance(end, DatagramFlow):
@@ -107,19 +106,22 @@ class NativeDatagrams:
         self._pass(client, head + datagram.payload)
 
     def _pass(self, client: Client, message: bytes) -> None:
+        if self.tell(client, message):
+            self._service.counters["datagrams_in"] += 1
+
+    def tell(self, client: Client, message: bytes) -> bool:
+        """Pass on a datagram, or what became of one; whether there was room for it."""
         if client.closed:
-            return
+            return False
         try:
             client.socket.send(message)
         except OSError:  # full, or the program is about to be found gone
             self._service.counters["datagrams_not_read"] += 1
-        else:
-            self._service.counters["datagrams_in"] += 1
+            return False
+        return True
 
     def _refused(self, client: Client, address: int) -> None:
-        if not client.closed:
-            sentence = f"{format_address(address)} has no such service"
-            self._service.answer(client, refusal(errno.ECONNREFUSED, sentence))
+        self.tell(client, refusal(errno.ECONNREFUSED, f"{format_address(address)} has no such service"))
 
     def _connected(self, client: Client, flow: DatagramFlow) -> None:
         client.pending = None
@@ -135,20 +137,24 @@ class NativeDatagrams:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.setblocking(False)
+            adopted = self._service.adopt(ours, client)
+            if adopted is None:
+                flow.abort()
+                return
+            self._use(adopted, flow)
             try:
                 socket.send_fds(client.socket, [_flow_reply(flow)], [theirs.fileno()])
             except OSError:
                 # The program does not accept, or is gone.
-                ours.close()
                 flow.abort()
-                return
-        self._use(self._service.adopt(ours, client), flow)
+                self._service.drop(adopted)
 
     def _use(self, client: Client, flow: DatagramFlow) -> None:
         head = DATAGRAM.pack(
             DATAGRAM_MARK, flow.peer_address, 0, DEFAULT_SERVICE, flow.service_id or DEFAULT_SERVICE
         )
         client.datagram_end = flow
+        client.connected = True
         flow.on_datagram = lambda payload: self._pass(client, head + payload)
         flow.on_ended = lambda code: self._ended(client, code)
 

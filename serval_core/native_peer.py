@@ -29,6 +29,8 @@ class Client:
     __slots__ = (
         "bound",
         "closed",
+        "connected",
+        "counts_as_bound",
         "datagram_end",
         "events",
         "listener",
@@ -47,7 +49,14 @@ class Client:
         self.pending: PendingConnect | PendingDatagramFlow | None = None
         self.waiting: deque[Connection] = deque()  # accepted, not handed over yet
         self.datagram_end: DatagramEndpoint | DatagramFlow | DatagramListener | None = None
+        self.connected = False  # a stream socket: the program has its descriptor
+        self.counts_as_bound = False
         self.closed = False
+
+    @property
+    def listens(self) -> bool:
+        """Whether connections are accepted for it."""
+        return self.listener is not None or isinstance(self.datagram_end, DatagramListener)
 
 
 class Service(Protocol):
@@ -79,8 +88,14 @@ class Service(Protocol):
     def drop(self, client: Client) -> None:
         """The program has closed the socket, or has to."""
 
-    def adopt(self, connection: socket.socket, like: Client) -> Client:
-        """Serve another socket of the same program."""
+    def adopt(self, connection: socket.socket, like: Client) -> Client | None:
+        """Serve another socket of the same program (taken); None when it may not have one more."""
+
+    def has_room_for_flow(self, client: Client) -> bool:
+        """Whether the program may have one more connection; counted when it may not."""
+
+    def check_destination(self, address: int) -> None:
+        """Raise Refused unless this is the address of one host, or 0: whoever the service table says."""
 
 
 def refusal(code: int, sentence: str) -> bytes:

@@ -13,15 +13,16 @@ import errno
 import select
 import socket
 import struct
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from serval_core.access_policy import AccessPolicy, Action, Program
-from serval_core.connection import Listener
+from serval_core.addresses import is_unicast
 from serval_core.errors import KernelRefused, OurMistake
-from serval_core.names import ServiceID, ServicePrefix
+from serval_core.names import SERVICE_ID_BITS, ServiceID, ServicePrefix
 from serval_core.native_datagrams import MESSAGE_LIMIT_BYTES, NativeDatagrams
 from serval_core.native_peer import Client, Refused, refusal
 from serval_core.native_protocol import DATAGRAM_MARK, HOLD, NATIVE_SOCKET_ADDRESS, Request, decode_request
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger("serval_core.native")
 
 CLIENT_LIMIT = 16384
+TRUSTED_RESERVE = 1024  # of these; all other users together leave them to root and the stack's own user
 USER_SOCKET_LIMIT = 4096  # of one user who is not trusted: sockets that listen, connect or carry datagrams
+USER_BOUND_LIMIT = 512  # of these: bound ones. Each is registered, and a router takes only so many from one host
 USER_FLOW_LIMIT = 16384  # of one user who is not trusted: open stream connections
 ACCEPT_PAUSE_S = 0.05
 EVENTS_PER_WAKE_UP = 64
@@ -53,7 +56,8 @@ class NativeService:
         self._listener: UnixListener | None = None
         self._epoll: select.epoll | None = None
         self._clients: dict[int, Client] = {}
-        self._sockets_of_user: dict[int, int] = {}
+        self._sockets_of_user: Counter[int] = Counter()
+        self._bound_of_user: Counter[int] = Counter()
         self._buffer = bytearray(MESSAGE_LIMIT_BYTES)
         self.counters: dict[str, int] = {
             "sockets": 0,
@@ -90,17 +94,27 @@ class NativeService:
         connection.setblocking(False)
         peer = peer_credentials(connection)
         program = Program(peer.pid, peer.uid, lambda: _groups(connection, peer.gid))
-        used = self._sockets_of_user.get(peer.uid, 0)
-        limit = CLIENT_LIMIT if self.policy.trusts(program) else USER_SOCKET_LIMIT
-        if used >= limit or len(self._clients) >= CLIENT_LIMIT:
-            self.counters["refused_by_limit"] += 1
+        full = self._full(program)
+        if full is not None:
             with connection, contextlib.suppress(OSError):
-                connection.send(refusal(errno.EMFILE, f"uid {peer.uid} has {used} Serval sockets, its limit is {limit}"))
+                connection.send(refusal(errno.EMFILE, full))
             return
         self._serve(connection, program)
 
+    def _full(self, program: Program) -> str | None:
+        """Why the program gets no other socket, as a sentence, and counted; None when it gets one."""
+        used, trusted = self._sockets_of_user[program.uid], self.policy.trusts(program)
+        limit = CLIENT_LIMIT if trusted else USER_SOCKET_LIMIT
+        room = CLIENT_LIMIT - len(self._clients) - (0 if trusted else TRUSTED_RESERVE)
+        if used < limit and room > 0:
+            return None
+        self.counters["refused_by_limit"] += 1
+        if used >= limit:
+            return f"uid {program.uid} has {used} Serval sockets, its limit is {limit}"
+        return f"all programs together have {len(self._clients)} Serval sockets, the limit is {CLIENT_LIMIT}"
+
     def _serve(self, connection: socket.socket, program: Program) -> Client:
-        self._sockets_of_user[program.uid] = self._sockets_of_user.get(program.uid, 0) + 1
+        self._sockets_of_user[program.uid] += 1
         self.counters["sockets"] += 1
         client = self._clients[connection.fileno()] = Client(connection, program)
         assert self._epoll is not None
@@ -115,10 +129,9 @@ class NativeService:
         assert self._epoll is not None
         self._epoll.unregister(client.socket.fileno())
         del self._clients[client.socket.fileno()]
-        uid = client.program.uid
-        self._sockets_of_user[uid] -= 1
-        if not self._sockets_of_user[uid]:
-            del self._sockets_of_user[uid]
+        _count_down(self._sockets_of_user, client.program.uid)
+        if client.counts_as_bound:
+            _count_down(self._bound_of_user, client.program.uid)
         if client.pending is not None:
             client.pending.cancel()
         if client.listener is not None:
@@ -161,47 +174,79 @@ class NativeService:
             self.drop(client)
             return
         message = bytes(memoryview(self._buffer)[:size])
+        is_datagram = message[:1] == DATAGRAM_MARK
+        # Nobody waits for the answer to a datagram, and a program that reads none yet must not lose its socket.
+        answer = self._datagrams.tell if is_datagram else self.answer
         try:
-            if message[:1] == DATAGRAM_MARK:
+            if is_datagram:
                 self._datagrams.send(client, message)
             elif message != HOLD:  # behind a connect that was refused at once
                 self._request(client, decode_request(message))
         except Refused as refused:
-            self.answer(client, refusal(refused.errno, str(refused)))
+            answer(client, refusal(refused.errno, str(refused)))
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OurMistake) as mistake:
             self.counters["malformed"] += 1
-            self.answer(client, refusal(errno.EINVAL, str(mistake)))
+            answer(client, refusal(errno.EINVAL, str(mistake)))
         except Exception as error:
             # A defect must neither leave the program waiting nor stay hidden.
             self._loop.call_exception_handler(
                 {"message": "a native program's request failed", "exception": error}
             )
-            self.answer(client, refusal(errno.EIO, f"the stack failed at this, which is a defect of it: {error!r}"))
+            answer(client, refusal(errno.EIO, f"the stack failed at this, which is a defect of it: {error!r}"))
 
     def _request(self, client: Client, request: Request) -> None:
-        if isinstance(client.listener, Listener) and request.request == "listen" and not request.backlog:
+        if client.listener is not None and request.request == "listen" and not request.backlog:
             client.listener.set_refusing(True)  # no answer: connections may be on their way to the program
             return
-        if client.listener is not None or client.pending is not None:
+        if client.listens or client.pending is not None:
             raise Refused(errno.EINVAL, "this socket listens or connects already")
+        if client.connected:
+            raise Refused(errno.EISCONN if request.request == "connect" else errno.EINVAL, "this socket is connected")
         kind = self._datagrams if request.datagrams else self._streams
         if request.request == "bind":
-            kind.bind(client, request)
+            self._bind(client, request)
         elif request.request == "listen":
             kind.listen(client, request)
         else:
             kind.connect(client, request)
 
+    def _bind(self, client: Client, request: Request) -> None:
+        if client.bound is not None or client.datagram_end is not None:
+            raise Refused(errno.EINVAL, "this socket is bound already")
+        uid = client.program.uid
+        if self._bound_of_user[uid] >= USER_BOUND_LIMIT and not self.policy.trusts(client.program):
+            self.counters["refused_by_limit"] += 1
+            raise Refused(errno.ENOBUFS, f"uid {uid} has {USER_BOUND_LIMIT} bound Serval sockets, which is the limit")
+        (self._datagrams if request.datagrams else self._streams).bind(client, request)
+        if not client.closed and not client.counts_as_bound:
+            client.counts_as_bound = True
+            self._bound_of_user[uid] += 1
+
     def begin_connect(self, client: Client, request: Request) -> ServiceID:
         """Check a connect, and wait for its outcome; the service to connect to. Raises Refused."""
-        prefix, uid = request.prefix(), client.program.uid
+        if request.bits != SERVICE_ID_BITS:
+            raise Refused(errno.EINVAL, "a program connects to one service, not to a prefix")
+        self.check_destination(request.destination)
+        prefix = request.prefix()
         self.check(client, "connect", prefix)
-        if not self.policy.trusts(client.program) and self._stack.unattended.flows_of(uid) >= USER_FLOW_LIMIT:
-            self.counters["refused_by_limit"] += 1
+        if not self.has_room_for_flow(client):
+            uid = client.program.uid
             raise Refused(errno.ENFILE, f"uid {uid} has {USER_FLOW_LIMIT} Serval connections, which is the limit")
         if request.hold:
             self.watch(client, select.EPOLLRDHUP)
         return prefix.service_id
+
+    def has_room_for_flow(self, client: Client) -> bool:
+        """Whether the program may have one more connection; counted when it may not."""
+        if self.policy.trusts(client.program) or self._stack.unattended.flows_of(client.program.uid) < USER_FLOW_LIMIT:
+            return True
+        self.counters["refused_by_limit"] += 1
+        return False
+
+    def check_destination(self, address: int) -> None:
+        """Raise Refused unless this is the address of one host, or 0: whoever the service table says."""
+        if address and not is_unicast(address):
+            raise Refused(errno.EINVAL, "the destination is no address of a host")
 
     def check(self, client: Client, action: Action, prefix: ServicePrefix) -> None:
         """Raise Refused if the policy says so."""
@@ -225,8 +270,11 @@ class NativeService:
         self.answer(client, reply)
         self.end_hold(client)
 
-    def adopt(self, connection: socket.socket, like: Client) -> Client:
-        """Serve another socket of the same program."""
+    def adopt(self, connection: socket.socket, like: Client) -> Client | None:
+        """Serve another socket of the same program (taken); None when it may not have one more."""
+        if self._full(like.program) is not None:
+            connection.close()
+            return None
         return self._serve(connection, like.program)
 
     def end_hold(self, client: Client) -> None:
@@ -243,6 +291,12 @@ class NativeService:
             client.socket.send(message)
         except OSError:
             self.drop(client)
+
+
+def _count_down(counter: Counter[int], uid: int) -> None:
+    counter[uid] -= 1
+    if not counter[uid]:
+        del counter[uid]
 
 
 def _bind() -> socket.socket:

@@ -28,6 +28,10 @@ QUEUED_MESSAGE_BYTES = 1024  # what a small message with a descriptor counts in 
 IN_FLIGHT_PAUSE_S = 0.05
 
 
+class _TooManyInFlight(BlockingIOError):
+    """As many descriptors of the stack's are in flight as it may have open: some program has to accept first."""
+
+
 class NativeStreams:
     """The stream sockets of all programs of one stack."""
 
@@ -35,12 +39,10 @@ class NativeStreams:
         self._stack = stack
         self._service = service
         self._bound: dict[ServicePrefix, Client] = {}
-        service.counters |= {"accepted": 0}
+        service.counters |= {"accepted": 0, "in_flight_pauses": 0}
 
     def bind(self, client: Client, request: Request) -> None:
         """Reserve a prefix for a stream socket."""
-        if client.bound is not None:
-            raise Refused(errno.EINVAL, f"this socket is bound to {client.bound}")
         if request.service:
             prefix = request.prefix()
             self._service.check(client, "bind", prefix)
@@ -97,12 +99,16 @@ class NativeStreams:
             handed_over = False
             self._service.answer(client, refusal(errno.EMFILE, "too many descriptors are on their way to programs"))
         if handed_over:
+            client.connected = True
             self._service.counters["connected"] += 1
         else:
             connection.abort()
         self._service.end_hold(client)
 
     def _accepted(self, client: Client, connection: Connection) -> None:
+        if not self._service.has_room_for_flow(client):
+            connection.abort()
+            return
         client.waiting.append(connection)
         if len(client.waiting) == 1:
             self.push(client)
@@ -115,6 +121,11 @@ class NativeStreams:
                 if not self._hand_over(client, connection):
                     self._service.drop(client)
                     return
+            except _TooManyInFlight:
+                # It is writable all the time, so waiting for that would mean to try without end.
+                self._service.counters["in_flight_pauses"] += 1
+                asyncio.get_running_loop().call_later(IN_FLIGHT_PAUSE_S, self.push, client)
+                break
             except BlockingIOError:
                 self._service.watch(client, client.events | select.EPOLLOUT)
                 return
@@ -140,9 +151,7 @@ class NativeStreams:
         except OSError as error:
             if error.errno != errno.ETOOMANYREFS:
                 return False
-            # As many descriptors of this user are in flight as it may have open: others have to accept first.
-            asyncio.get_running_loop().call_later(IN_FLIGHT_PAUSE_S, self.push, client)
-            raise BlockingIOError from None
+            raise _TooManyInFlight from None
         connection.taken()
         connection.handed_over(Holder(client.program.pid, client.program.uid))
         return True
