@@ -38,6 +38,7 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 		state->native_repeats = 0;
 		state->peer_in_sal = 0;
 		state->sal_sent_end = state->native_sent_end;
+		state->path_began = state->native_sent_end;
 	}
 	if (is_before(state->native_sent_end, end))
 		state->native_sent_end = end;
@@ -49,7 +50,8 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 	if (seq == end)
 		goto in_sal; /* a probe or keepalive: whether it gets through matters more than what it costs */
 	if (!state->native_proved) {
-		if (state->native_doubts < NATIVE_DOUBTS && !state->native_doubts++)
+		/* Data that took the old path is late, or lost, because of that. */
+		if (!is_before(seq, state->path_began) && state->native_doubts < NATIVE_DOUBTS && !state->native_doubts++)
 			tell(id, EVENT_NATIVE_DOUBTED);
 		goto in_sal;
 	}

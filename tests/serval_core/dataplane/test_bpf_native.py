@@ -223,6 +223,19 @@ def test_begins_anew_after_a_move(programs: BpfObject) -> None:
     assert events(programs) == [FlowEvent.NATIVE_DOUBTED], "what went the old way proves nothing"
 
 
+def test_what_is_late_because_of_a_move_says_nothing_about_the_new_path(programs: BpfObject) -> None:
+    arrive(programs)
+    assert [send(programs, START + 5 * step) for step in range(4)] == ["native"] * 4
+    put_flow(programs, FLOW_NATIVE, path_number=1)
+    assert send(programs, START + 20) == "native"
+    assert [send(programs, START + 5 * step) for step in range(4)] == ["sal"] * 4, "repeated so that it gets through"
+    assert events(programs) == []
+    assert send(programs, START + 25) == "native"
+    arrive(programs, START + 25)
+    assert send(programs, START + 25) == "native", "proved"
+    assert events(programs) == []
+
+
 def test_tells_a_proof_when_asked(programs: BpfObject) -> None:
     put_flow(programs, FLOW_NATIVE | FLOW_TELL_PROOF)
     arrive(programs)
