@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serval_core import sockets
+from serval_core.datagram_sockets import Received, ServalDatagramSocket
 from serval_core.sockets import ServalSocket
 
 OnClient = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
@@ -59,6 +60,24 @@ async def start_server(
     except BaseException:
         listener.close()
         raise
+
+
+async def receive(endpoint: ServalDatagramSocket) -> Received:
+    """The next datagram of a socket that does not block; goes on waiting when the stack ends and another one comes.
+
+    A reader that a program adds to the loop itself knows the descriptor of one stack only.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return endpoint.receive()
+        except BlockingIOError:
+            readable, fd = asyncio.Event(), endpoint.fileno()
+            loop.add_reader(fd, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                loop.remove_reader(fd)
 
 
 async def _writable(connection: ServalSocket) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket as system
 from typing import Any, NamedTuple
 
 from serval_core.names import DEFAULT_SERVICE, ServiceID, ServicePrefix, format_address, parse_address
-from serval_core.native_client import ServiceAddress, StackSocket, service_address
+from serval_core.native_client import StackSocket
 from serval_core.native_protocol import (
     DATAGRAM,
     DATAGRAM_LIMIT_BYTES,
@@ -24,6 +25,7 @@ from serval_core.native_protocol import (
     Reply,
     decode_reply,
 )
+from serval_core.service_address import ServiceAddress, service_address
 
 
 class Received(NamedTuple):
@@ -82,10 +84,31 @@ class ServalDatagramSocket(StackSocket):
             self.bind("")
         self.raise_failure()
         destination = parse_address(where.address) if where.address else 0
-        self._tell(
+        self._send_off(
             DATAGRAM.pack(DATAGRAM_MARK, destination, 0, where.service.service_id, service or DEFAULT_SERVICE) + data
         )
         return len(data)
+
+    def _send_off(self, message: bytes) -> None:
+        """To the stack that there is, or to the next one."""
+        try:
+            if self._return is not None and not self._replies_due:
+                self._come_back()
+            try:
+                system.socket.send(self, message, system.MSG_NOSIGNAL)
+            except (BrokenPipeError, ConnectionResetError):
+                self._stack_is_gone()
+                system.socket.send(self, message, system.MSG_NOSIGNAL)
+        except BlockingIOError:
+            if self._return is None:
+                raise
+            raise OSError(errno.ENETDOWN, "the Serval stack of this network namespace is away") from None
+
+    @property
+    def _serves(self) -> bool:
+        if self._listening:
+            return super()._serves
+        return self._bound and not self._connected and self._connecting is None
 
     def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, ServiceAddress]:
         """The next datagram and where it came from; what is beyond `size` bytes of it is lost."""
@@ -95,19 +118,30 @@ class ServalDatagramSocket(StackSocket):
     def receive(self, flags: int = 0) -> Received:
         """The next datagram, whole, with everything that is known of it. An empty payload: the peer has closed the flow."""
         while True:
-            message = system.socket.recv(self, DATAGRAM.size + FLOW_DATAGRAM_LIMIT_BYTES, flags)
+            if self._return is not None and not self._replies_due:
+                self._come_back()
+            try:
+                message = system.socket.recv(self, DATAGRAM.size + FLOW_DATAGRAM_LIMIT_BYTES, flags)
+            except ConnectionResetError:
+                # The stack has ended before it had read everything; what it said before that is still there.
+                message = system.socket.recv(self, DATAGRAM.size + FLOW_DATAGRAM_LIMIT_BYTES, flags)
             if not message:
                 if not self._connected:
                     self._stack_is_gone()
+                    continue
+                self._raise_if_gone()
                 return Received(b"", self.getpeername(), DEFAULT_SERVICE, 0)
             if message[0] != JSON_MARK:
                 break
             reply = decode_reply(message)
             if self._connected:
                 raise OSError(reply.errno, reply.error)
-            self._pending_errno, self._pending_error = reply.errno, reply.error
             if flags & system.MSG_PEEK:
                 system.socket.recv(self, MESSAGE_LIMIT_BYTES)
+            if self._replies_due:
+                self._returned(reply)
+            else:
+                self._pending_errno, self._pending_error = reply.errno, reply.error
         _, address, interface_index, source, service = DATAGRAM.unpack_from(message)
         where = ServiceAddress(ServicePrefix.of(ServiceID(source)), format_address(address) if address else "")
         return Received(message[DATAGRAM.size :], where, ServiceID(service), interface_index)
@@ -137,6 +171,13 @@ class ServalDatagramSocket(StackSocket):
         view[: len(payload)] = payload
         return len(payload)
 
+    def _raise_if_gone(self) -> None:
+        """A peer that has closed the flow reads as the end of one direction; a stack that has ended closes both."""
+        ending = select.poll()
+        ending.register(self, 0)
+        if any(events & select.POLLHUP for _, events in ending.poll(0)):
+            raise OSError(errno.ECONNRESET, "the Serval stack of this network namespace has ended")
+
     # -- errors -------------------------------------------------------------------------------------------------------
 
     def getsockopt(self, level: int, option: int, *arguments: Any) -> Any:
@@ -155,10 +196,10 @@ class ServalDatagramSocket(StackSocket):
     def _next_reply(self) -> tuple[Reply, int]:
         """Datagrams that came before the stack's answer are lost: the socket becomes another one."""
         while True:
-            head = system.socket.recv(self, 1, system.MSG_PEEK)
+            head = system.socket.recv(self._way, 1, system.MSG_PEEK)
             if not head or head[0] == JSON_MARK:
                 return super()._next_reply()
-            system.socket.recv(self, 1)
+            system.socket.recv(self._way, 1)
 
 
 def _checked(payload: Any, limit_bytes: int) -> bytes:

@@ -6,79 +6,63 @@ Knows neither streams nor datagrams; the messages are those of `native_protocol`
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
-import pwd
+import select
 import socket as system
-from typing import Any, NamedTuple, Self
+import time
+from typing import Any, Self
 
 import msgspec
 
-from serval_core.errors import OurMistake
 from serval_core.names import (
     DEFAULT_SERVICE,
     ServiceID,
     ServicePrefix,
     format_address,
     parse_address,
-    parse_service,
 )
 from serval_core.native_protocol import (
     HOLD,
     HOLD_SEND_BUFFER_BYTES,
     MESSAGE_LIMIT_BYTES,
-    NATIVE_SOCKET_ADDRESS,
     Reply,
     Request,
     decode_reply,
     encode,
 )
-from serval_core.unix_socket import peer_credentials
+from serval_core.native_way import Return, reach_stack
+from serval_core.service_address import ServiceAddress, service_address
 
-SYSTEM_USER = "serval"  # configs/systemd/serval.sysusers
 DEFAULT_BACKLOG = 128
+RETURN_PATIENCE_S = 60.0
 DESCRIPTOR_BYTES = system.CMSG_LEN(array.array("i").itemsize)
 
 
-class ServiceAddress(NamedTuple):
-    """What AF_SERVAL has for an address: a service, and where it is (dotted; empty: wherever resolution finds it)."""
-
-    service: ServicePrefix
-    address: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.service}@{self.address}" if self.address else str(self.service)
-
-
-def service_address(value: Any) -> ServiceAddress:
-    """Read an address; see the module's docstring. Raises OSError (EINVAL)."""
-    if isinstance(value, ServiceAddress):
-        return value
-    try:
-        if isinstance(value, ServicePrefix):
-            return ServiceAddress(value)
-        if isinstance(value, tuple):
-            service, where = value
-            if where:
-                parse_address(where)
-            return ServiceAddress(service_address(service).service, where)
-        if isinstance(value, ServiceID):
-            return ServiceAddress(ServicePrefix.of(value))
-        return ServiceAddress(parse_service(str(value)))
-    except (OurMistake, ValueError, TypeError) as mistake:
-        raise OSError(errno.EINVAL, str(mistake)) from None
-
-
 class StackSocket(system.socket):
-    """A socket whose descriptor leads to the stack, at least until it is connected."""
+    """A socket whose descriptor leads to the stack, at least until it is connected.
+
+    One that listens has an epoll descriptor in place of that, and the way to the stack behind it: when the stack comes back
+    after its end there is another way, and whoever waits for the descriptor need not know. One that is bound for datagrams
+    must also say when it is writable, which epoll cannot: there the descriptor's number stays, and what it stands for changes.
+    """
 
     datagrams = False
+    return_patience_s = RETURN_PATIENCE_S
+    """How long a socket that serves something waits for a stack that has ended to come back."""
 
     def __init__(self, family: int, kind: int, protocol: int, fileno: int | None) -> None:
         """With `fileno` (taken) it is connected already. OSError (ENETDOWN) when no stack runs in this network namespace."""
         super().__init__(family, kind, protocol, reach_stack() if fileno is None else fileno)
         self._connected = fileno is not None
         self._listening = False
+        self._backlog = 0  # of one that listens; 0: it is about to end
+        self._random = False  # the stack has chosen the own serviceID
+        self._inner: system.socket | None = None
+        self._poller: select.epoll | None = None
+        self._return: Return | None = None
+        self._replies_due = 0  # to what was asked of a stack that has come back
         self._connecting: ServicePrefix | None = None
         self._local = ServiceAddress(ServicePrefix.of(DEFAULT_SERVICE, 0))
         self._remote: ServiceAddress | None = None
@@ -105,6 +89,10 @@ class StackSocket(system.socket):
             else Request("bind", service.service_id.hex(), service.bits, datagrams=self.datagrams)
         )
         reply = self._ask(request)
+        self._random = isinstance(service, str)
+        self._bound_to(reply)
+
+    def _bound_to(self, reply: Reply) -> None:
         prefix = ServicePrefix.of(ServiceID(bytes.fromhex(reply.service)), reply.bits)
         self._local = ServiceAddress(prefix)
 
@@ -116,16 +104,25 @@ class StackSocket(system.socket):
         """
         if self._listening:
             if not backlog and not self.datagrams:
+                self._backlog = 0
                 self._tell(encode(Request("listen")))
             return
         if not self._local.service.bits:
             self.bind("")
+        backlog = max(backlog, 1)
         self._ask(Request("listen", backlog=backlog, datagrams=self.datagrams))
-        self._listening = True
+        self._listening, self._backlog = True, backlog
+        self._inner = system.socket(system.AF_UNIX, system.SOCK_SEQPACKET, 0, os.dup(self.fileno()))
+        self._poller = select.epoll()
+        self._poller.register(self._inner, select.EPOLLIN)
+        os.dup2(self._poller.fileno(), self.fileno(), inheritable=self.get_inheritable())
 
     def _accept(self) -> tuple[Reply, int]:
         if not self._listening:
             raise OSError(errno.EINVAL, "the socket does not listen")
+        if self._return is not None and not self._replies_due:
+            self._come_back()
+        self._way.settimeout(self.gettimeout())
         reply, fd = self._next_reply()
         if fd < 0:
             raise OSError(errno.EBADMSG, "the stack said something else than that there is a connection")
@@ -213,7 +210,18 @@ class StackSocket(system.socket):
                 return error.errno
             finally:
                 self.settimeout(timeout)
-        return super().getsockopt(level, option, *arguments)
+        return system.socket.getsockopt(self._way, level, option, *arguments)
+
+    def setsockopt(self, *arguments: Any) -> None:
+        """As of any socket."""
+        system.socket.setsockopt(self._way, *arguments)
+
+    def close(self) -> None:
+        """As of any socket."""
+        super().close()
+        if self._inner is not None and self._poller is not None:
+            self._poller.close()
+            self._inner.close()
 
     # -- names ----------------------------------------------------------------------------------------------------
 
@@ -246,9 +254,14 @@ class StackSocket(system.socket):
 
     # -- talking to the stack -----------------------------------------------------------------------------------------
 
+    @property
+    def _way(self) -> system.socket:
+        """What leads to the stack."""
+        return self if self._inner is None else self._inner
+
     def _tell(self, message: bytes) -> None:
         try:
-            system.socket.send(self, message, system.MSG_NOSIGNAL)
+            system.socket.send(self._way, message, system.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             # It may have said why before it closed.
             self._next_reply()
@@ -273,53 +286,114 @@ class StackSocket(system.socket):
             message, ancillary = self._receive()
         if not message:
             self._stack_is_gone()
+            return self._next_reply()
         fd = _descriptor(ancillary)
         try:
             reply = decode_reply(message)
         except msgspec.DecodeError as error:
             raise OSError(errno.EPROTO, f"the stack speaks another language: {error}") from None
+        if self._replies_due:
+            self._returned(reply)
+            return self._next_reply()
         if reply.errno:
             raise OSError(reply.errno, reply.error)
         return reply, fd
 
     def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]]]:
         message, ancillary, _, _ = system.socket.recvmsg(
-            self, MESSAGE_LIMIT_BYTES, DESCRIPTOR_BYTES, system.MSG_CMSG_CLOEXEC
+            self._way, MESSAGE_LIMIT_BYTES, DESCRIPTOR_BYTES, system.MSG_CMSG_CLOEXEC
         )
         return message, ancillary
 
+    # -- when the stack has ended -------------------------------------------------------------------------------------
+
+    @property
+    def _serves(self) -> bool:
+        return self._listening and self._backlog > 0
+
     def _stack_is_gone(self) -> None:
-        """Raise ENETDOWN. The descriptor leads nowhere from now on, or an event loop would find it readable for ever."""
-        nowhere = os.eventfd(0, os.EFD_CLOEXEC)
-        os.dup2(nowhere, self.fileno(), inheritable=False)
-        os.close(nowhere)
-        raise OSError(errno.ENETDOWN, "the Serval stack of this network namespace has ended")
+        """Come back to the next one if this socket serves something, or else raise ENETDOWN. OSError as `_come_back`."""
+        if not self._serves:
+            self._lead_nowhere()
+            raise OSError(errno.ENETDOWN, "the Serval stack of this network namespace has ended")
+        if self._return is None:
+            self._return = Return(self.return_patience_s)
+        elif self._replies_due:
+            self._replies_due = 0
+            self._return.failed()
+        self._come_back()
 
+    def _come_back(self) -> None:
+        """Reach the stack again, and ask for what we had. Waits as long as the socket's timeout says.
 
-def reach_stack() -> int:
-    """A descriptor that leads to the stack's native socket."""
-    with system.socket(system.AF_UNIX, system.SOCK_SEQPACKET) as reaching:
-        reaching.settimeout(None)
+        OSError: BlockingIOError and TimeoutError (it is not back yet); ENETDOWN or EPERM when patience is over.
+        """
+        timeout, returning = self.gettimeout(), self._return
+        assert returning is not None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._reached(returning):
+            self._put(returning.timer())
+            wait_s = returning.due - time.monotonic()
+            if deadline is not None and deadline - time.monotonic() < wait_s:
+                if timeout == 0:
+                    raise BlockingIOError(errno.EAGAIN, "the Serval stack is away")
+                time.sleep(max(0.0, deadline - time.monotonic()))
+                raise TimeoutError("timed out")
+            time.sleep(max(0.0, wait_s))
+        service = self._local.service
+        if self._random and not self._listening:
+            requests = [Request("bind", datagrams=self.datagrams)]
+        else:
+            requests = [Request("bind", service.service_id.hex(), service.bits, datagrams=self.datagrams)]
+        if self._listening:
+            requests.append(Request("listen", backlog=self._backlog, datagrams=self.datagrams))
+        self._replies_due = len(requests)
+        for request in requests:
+            # If it is gone again, what is read next says so.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                system.socket.send(self._way, encode(request), system.MSG_NOSIGNAL)
+
+    def _reached(self, returning: Return) -> bool:
+        """Make the attempt that is due, if one is. Raises its OSError when there is none after it."""
+        if returning.due > time.monotonic():
+            return False
         try:
-            reaching.connect(NATIVE_SOCKET_ADDRESS)
-        except ConnectionRefusedError:
-            raise OSError(
-                errno.ENETDOWN, "no Serval stack runs in this network namespace: start servald or serval-translator"
-            ) from None
-        server = peer_credentials(reaching)
-        # Anyone may take the name while no stack runs. Root trusts the user that it runs the stack as.
-        if os.geteuid() != 0 and server.uid not in (0, os.geteuid(), _system_user()):
-            raise OSError(
-                errno.EPERM, f"the native socket is held by uid {server.uid}, which is neither root nor {SYSTEM_USER} nor you"
-            )
-        return reaching.detach()
+            self._put(reach_stack(wait=False))
+        except OSError:
+            if returning.over:
+                self._give_up()
+                raise
+            returning.failed()
+            return False
+        return True
 
+    def _returned(self, reply: Reply) -> None:
+        """An answer of the stack that we have come back to. Raises the OSError that it reports."""
+        if reply.errno:
+            self._give_up()
+            raise OSError(reply.errno, f"after the stack came back: {reply.error}")
+        if reply.service:
+            self._bound_to(reply)
+        self._replies_due -= 1
+        if not self._replies_due:
+            self._return = None
 
-def _system_user() -> int:
-    try:
-        return pwd.getpwnam(SYSTEM_USER).pw_uid
-    except KeyError:
-        return 0
+    def _give_up(self) -> None:
+        self._return, self._replies_due, self._backlog = None, 0, 0
+        self._lead_nowhere()
+
+    def _lead_nowhere(self) -> None:
+        """The descriptor is never readable from now on, or an event loop would not rest."""
+        self._put(os.eventfd(0, os.EFD_CLOEXEC))
+
+    def _put(self, fd: int) -> None:
+        """Have the way lead there; takes `fd`."""
+        way = self._way
+        os.dup2(fd, way.fileno(), inheritable=way.get_inheritable())
+        os.close(fd)
+        if self._poller is not None:
+            self._poller.register(way, select.EPOLLIN)
+        way.settimeout(self.gettimeout())
 
 
 def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:

@@ -11,6 +11,9 @@ A stream socket *is* a kernel TCP socket once it is connected: `select`, `sendfi
 other, and its `family` says AF_INET for that reason. Before that, and while it listens, its descriptor leads to the stack of this
 network namespace (servald or a translator), which has to run and must let this user do what it asks (`access_policy`).
 
+When the stack ends and another one starts, connections are reset; what listens, or is bound for datagrams, goes on by itself:
+`accept`, `recvfrom` and `select` wait until the next stack has the same service again, at most `return_patience_s`.
+
 An address is anything that `service_address` reads: "76568", "0xabcd:16", 76568, a ServiceID, a ServicePrefix, or a pair of one of
 them and an IPv4 address, which skips resolution. Errors are OSErrors with the errno of SPEC 3.10 and one sentence.
 """
@@ -23,7 +26,8 @@ import socket as system
 from typing import Any
 
 from serval_core.datagram_sockets import ServalDatagramSocket
-from serval_core.native_client import DEFAULT_BACKLOG, ServiceAddress, StackSocket, service_address
+from serval_core.native_client import DEFAULT_BACKLOG, StackSocket
+from serval_core.service_address import ServiceAddress, service_address
 
 __all__ = [
     "AF_SERVAL",

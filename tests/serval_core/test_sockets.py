@@ -280,8 +280,9 @@ def test_stack_that_stops_resets_its_programs_and_their_peers(lab: Lab) -> None:
         for connection in (local, remote):
             with pytest.raises(ConnectionResetError):
                 connection.recv(1)
-        with pytest.raises(OSError, match="has ended") as caught:
-            listener.accept()
+        listener.return_patience_s = 0
+        with pytest.raises(OSError, match="start servald") as caught:
+            client.call(listener.accept)
         assert caught.value.errno == errno.ENETDOWN
         assert select.select([listener], [], [], 0)[0] == []
         with pytest.raises(OSError, match="start servald"):

@@ -367,6 +367,20 @@ def test_kill_of_the_daemon_ends_the_connections_of_programs(site: Site, how: st
         again.close()
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_native_server_outlives_its_daemon(site: Site, how: signal.Signals) -> None:
+    with running(site.far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE):
+        for number in range(2):
+            connection = site.near.call(asyncio.run, aio.connect(SERVICE))
+            connection.settimeout(10)
+            connection.sendall(b"x")
+            assert connection.recv(1) == b"x"
+            connection.close()
+            site.far_daemon.stop(how)
+            site.far_daemon = start_servald(site.far, site.directory / f"far-{number}.log")
+            wait_for(lambda: bound(site.far, SERVICE), "it is served again", 20)
+
+
 def test_end_of_the_daemon_unregisters_and_resets(site: Site) -> None:
     with running(site.far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE):
         connection = site.near.call(asyncio.run, aio.connect(SERVICE))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serval_core.native_client import SYSTEM_USER
+from serval_core.native_way import SYSTEM_USER
 from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
 
 UNITS = Path(__file__).parents[2] / "configs" / "systemd"
