@@ -64,7 +64,7 @@ class TranslatorProcess:
                 return False
             try:
                 return self._served() >= demux_services
-            except StackNotRunning:
+            except (StackNotRunning, RequestFailed):  # not yet, or it is ending: its log says why
                 return False
 
         try:

@@ -90,7 +90,7 @@ MALFORMED = [
     Row("a header full of ADDRESSes", sal(*[with_length(ADDRESS[:12], 12)] * 20), "sal_too_many_extensions"),
     *(
         Row(f"an extension of type {kind}", syn(bytes((kind << 4, 4, 0, 0))), "sal_unknown_extension")
-        for kind in (5, 8, 15)
+        for kind in (7, 8, 15)
     ),
     Row("a wrong SAL checksum", syn(damage=0x0100), "sal_checksum"),
     Row("a SYN without SERVICE", sal(SYN_CONTROL) + GOOD_TCP, "syn_without_service"),
