@@ -69,7 +69,7 @@ class Router:
         self._plans: dict[ServicePrefix, Plan] = {}
         self._ways: dict[tuple[int, int], Path | None] = {}
         self._impossible: frozenset[int] = frozenset()
-        self._decisions: list[Decision] = []
+        self._decisions: dict[ServicePrefix, Decision] = {}
         self._forwarder = BatchForwarder(self._decide, frozenset())
         self._unsubscribe: Callable[[], None] | None = None
         self._timer: TimerHandle | None = None
@@ -172,16 +172,18 @@ class Router:
         entry = self._table.entry_for(ServiceID(service_id))
         if entry is None:
             return None
+        known = self._decisions.get(entry.prefix)
+        if known is not None:
+            return known
         planned = plan(entry, self._impossible, self._ingress.paths)
         if not planned:
             return None
         links = [self._ingress.use_next_hop((each.interface_index, each.next_hop)) for each in planned]
-        decision = Decision(entry.prefix, planned, links)
-        self._decisions.append(decision)
+        decision = self._decisions[entry.prefix] = Decision(entry.prefix, planned, links)
         return decision
 
     def _take_counts_of_decisions(self) -> None:
-        for decision in self._decisions:
+        for decision in self._decisions.values():
             for address, packets, packet_bytes in decision.take_counts():
                 self._table.count_forwarded(decision.prefix, address, packets, packet_bytes)
 

@@ -201,6 +201,19 @@ def test_without_the_program(root: None, monkeypatch: pytest.MonkeyPatch) -> Non
     host.router.stop()
 
 
+def test_invented_services_take_no_memory(host: Host) -> None:
+    """Anybody may send SYNs for services that only a short prefix covers: each costs what the first one did."""
+    host.table.add(Rule.forward(ServicePrefix.of(SERVICE.service_id, 8), REMOTE))
+    assert host.forwarder is not None
+    decide = host.router._decide
+    decisions = [decide(SERVICE.service_id[:1] + number.to_bytes(31, "big")) for number in range(100)]
+    assert decisions[0] is not None
+    assert all(each is decisions[0] for each in decisions)
+    assert host.in_batches() is not None
+    assert host.router.counters()["forwarded_in_batches"] == 1
+    assert [each["packets_resolved"] for each in host.table.snapshot()] == [1]
+
+
 def test_own_addresses_are_never_targets(host: Host) -> None:
     host.table.add(Rule.forward(SERVICE, LOCAL))
     assert host.target() is None
