@@ -203,10 +203,10 @@ def test_without_the_program(root: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_invented_services_take_no_memory(host: Host) -> None:
     """Anybody may send SYNs for services that only a short prefix covers: each costs what the first one did."""
-    host.table.add(Rule.forward(ServicePrefix.of(SERVICE.service_id, 8), REMOTE))
+    host.table.add(Rule.forward(ServicePrefix.of(SERVICE.service_id, 16), REMOTE))
     assert host.forwarder is not None
     decide = host.router._decide
-    decisions = [decide(SERVICE.service_id[:1] + number.to_bytes(31, "big")) for number in range(100)]
+    decisions = [decide(SERVICE.service_id[:2] + number.to_bytes(30, "big")) for number in range(100)]
     assert decisions[0] is not None
     assert all(each is decisions[0] for each in decisions)
     assert host.in_batches() is not None
