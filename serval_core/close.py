@@ -161,7 +161,7 @@ class Close:
         if flags & FIN:
             self._fin_received(flow, control, now)
         elif not brings_news:
-            self._migration.acknowledged(flow, ip.source, control, now)
+            self._migration.peer.acknowledged(flow, ip.source, control, now)
 
     def _migration_received(
         self, flow: Flow, ip: IPv4Packet, control: Control, interface_index: int, now: float
@@ -176,9 +176,9 @@ class Close:
         if flow.flow_id not in self._core.flows.by_id:
             return  # that was the end of it
         if flags & ACK:
-            self._migration.rsyn_ack_received(flow, ip.source, control, now)
+            self._migration.own.rsyn_ack_received(flow, ip.source, control, now)
         else:
-            self._migration.rsyn_received(flow, ip, control, interface_index, now)
+            self._migration.peer.rsyn_received(flow, ip, control, interface_index, now)
         if fin_is_new:
             self._fin_received(flow, control, now)
 
@@ -282,7 +282,7 @@ class Close:
     def _transmit_fin(self, flow: Flow, now: float) -> None:
         core = self._core
         assert flow.fin_verno is not None
-        if self._migration.takes_fin(flow, now):
+        if self._migration.own.takes_fin(flow, now):
             return
         # Not always `fin_verno`: RSYNs may have carried it since.
         core.send_control(flow, FIN, flow.send_next - 1 & _SERIAL_MASK)
@@ -301,7 +301,7 @@ class Close:
 
     def _send_ack(self, flow: Flow, now: float) -> None:
         core = self._core
-        if self._migration.answers_instead(flow, now):
+        if self._migration.peer.answers_instead(flow, now):
             flow.last_acknowledgement = core.control_packet(flow, ACK, flow.send_next)
         else:
             flow.last_acknowledgement = core.send_control(flow, ACK, flow.send_next)

@@ -24,9 +24,10 @@ from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, SynKey
 from serval_core.forwarding import Forwarding
 from serval_core.framing import NativePorts, NoNativePorts
-from serval_core.migration import MOVABLE, Migration
+from serval_core.migration import Migration
 from serval_core.migration_states import OwnMove
 from serval_core.moves import LiveFlow
+from serval_core.moving import MOVABLE
 from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
 from serval_core.passive_open import PassiveOpen
 from serval_core.path_quality import PathQuality
@@ -162,7 +163,7 @@ class ServiceAccessLayer:
         flow = self._core.flows.by_id.get(flow_id)
         if flow is None:
             raise OurMistake(f"there is no flow {flow_id}")
-        self._migration.migrate(flow, path, destination, now)
+        self._migration.own.migrate(flow, path, destination, now)
 
     def live_flows(self) -> list[LiveFlow]:
         """The flows that `migrate` can move."""
@@ -183,7 +184,7 @@ class ServiceAccessLayer:
         """
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None:
-            self._migration.path_lost(flow, now)
+            self._migration.own.path_lost(flow, now)
 
     @property
     def path_quality(self) -> PathQuality:
@@ -198,7 +199,7 @@ class ServiceAccessLayer:
         """Routing leads a flow's packets another way, through the interface that it is on already."""
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None and flow.state in MOVABLE:
-            self._migration.reroute(flow)
+            self._migration.own.reroute(flow)
 
     def bind_datagrams(self, prefix: ServicePrefix | None) -> Endpoint:
         """Receive unconnected datagrams for `prefix`, or a random serviceID. See `unconnected`."""
@@ -324,7 +325,7 @@ class ServiceAccessLayer:
             if flow.state is State.REQUEST:
                 self._active_open.paths_changed(flow, now)
             else:
-                self._migration.paths_changed(flow, now)
+                self._migration.own.paths_changed(flow, now)
 
     def handle_timeouts(self, now: float) -> None:
         """Do what is due."""

@@ -44,7 +44,7 @@ def test_a_pair_without_row_is_an_error_that_names_both(state: OwnMove, event: O
         return
     flow = flow_in(state, PeerMove.SETTLED)
     with pytest.raises(ImpossibleMove, match=f"{event.name}.*{state.name}"):
-        LoneHost().sal._migration._own_step(flow, event, 0.0)
+        LoneHost().sal._migration.own._step(flow, event, 0.0)
     assert flow.moves is not None
     assert flow.moves.own is state
 
@@ -52,7 +52,7 @@ def test_a_pair_without_row_is_an_error_that_names_both(state: OwnMove, event: O
 @pytest.mark.parametrize("event", [PeerEvent.CONFIRMED, PeerEvent.RETRANSMIT, PeerEvent.GAVE_UP])
 def test_a_peer_that_is_settled_has_nothing_to_confirm(event: PeerEvent) -> None:
     with pytest.raises(ImpossibleMove, match=f"{event.name}.*SETTLED"):
-        LoneHost().sal._migration._peer_step(flow_in(OwnMove.SETTLED, PeerMove.SETTLED), event, 0.0)
+        LoneHost().sal._migration.peer._step(flow_in(OwnMove.SETTLED, PeerMove.SETTLED), event, 0.0)
 
 
 def test_every_state_can_be_reached_and_left() -> None:
@@ -68,8 +68,8 @@ def test_every_event_and_action_is_used_and_carried_out_by_somebody() -> None:
     assert {event for _, event in PEER_MOVE} == set(PeerEvent)
     assert {action for step in OWN_MOVE.values() for action in step.actions} == set(OwnAction)
     assert {action for step in PEER_MOVE.values() for action in step.actions} == set(PeerAction)
-    assert set(migration._own_actions) == set(OwnAction)
-    assert set(migration._peer_actions) == set(PeerAction)
+    assert set(migration.own._actions) == set(OwnAction)
+    assert set(migration.peer._actions) == set(PeerAction)
 
 
 def test_a_closed_connection_ends_a_move_in_every_state() -> None:
