@@ -18,7 +18,9 @@ from serval_core.names import ServiceID, ServicePrefix
 
 IN_MEMORY = ":memory:"
 _SCHEMA_VERSION = 1
+# How long somebody else's lock is waited for: at the start, and later, when everything else waits too.
 _BUSY_TIMEOUT_S = 1.0
+_BUSY_TIMEOUT_LATER_MS = 50
 _SCHEMA = """
 CREATE TABLE registration (
     bits INTEGER NOT NULL, service BLOB NOT NULL, address INTEGER NOT NULL,
@@ -117,6 +119,7 @@ class SqliteDirectory:
                 f"the directory {path} was written by another version ({version}, not {_SCHEMA_VERSION}): "
                 "name another file (router.directory)"
             )
+        database.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_LATER_MS}")
 
     def registrations(self, wall: float) -> Sequence[StoredRegistration]:
         try:

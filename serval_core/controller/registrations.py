@@ -148,6 +148,7 @@ class Registrations:
         self._unsaved: dict[Instance, None] = {}
         self._unsaved_moments: dict[Signed, Moment] = {}
         self._save_at: float | None = None
+        self._save_not_before = now  # the directory has just failed, and an attempt may hold up everything
         self._forget_at = now + FORGET_INTERVAL_S
         self._changing = False  # the table, by ourselves
         self._unsubscribe = table.on_change(self._table_changed)
@@ -177,7 +178,7 @@ class Registrations:
     def discard(self, stored: StoredRegistration, now: float) -> None:
         """Take a registration that is not in force out of the directory."""
         self._unsaved[Instance(stored.prefix, stored.address)] = None
-        self._save_at = now
+        self._save_at = max(now, self._save_not_before)
 
     def stop(self, now: float, wall: float) -> None:
         """Save everything and take the rules back; the registrations stay in the directory."""
@@ -247,7 +248,7 @@ class Registrations:
                 self.forget(previous, "displaced", now)
             return False
         self._set_expiry(successor, now + successor.lifetime_s)
-        self._save_at = now
+        self._save_at = max(now, self._save_not_before)
         self.counters["registered" if previous is None else "changed"] += 1
         self._publish(
             "registered",
@@ -278,7 +279,7 @@ class Registrations:
             "unregistered", prefix=str(record.prefix), address=format_address(record.address), why=why
         )
         self._tell_weight(record.prefix)
-        self._save_at = now
+        self._save_at = max(now, self._save_not_before)
 
     def note_moment(self, signed: Signed, moment: Moment, now: float) -> None:
         """A signed message was accepted, which the directory is to know too."""
@@ -404,7 +405,7 @@ class Registrations:
             self._directory.write(changes)
         except DirectoryFailed as failure:
             self.counters["directory_failures"] += 1
-            self._save_at = now + SAVE_INTERVAL_S
+            self._save_at = self._save_not_before = now + SAVE_INTERVAL_S
             self._publish("directory_failed", why=str(failure))
             return
         for instance in batch:

@@ -130,6 +130,27 @@ def test_a_full_disk_costs_memory_of_the_past_only(tmp_path: Path) -> None:
     assert len(other.registrations(0)) == 1
 
 
+def test_a_locked_directory_is_tried_again_now_and_then(tmp_path: Path) -> None:
+    """Each attempt holds up everything else for a moment, so that a flood of registrations must not cause one each."""
+    path = str(tmp_path / "directory.sqlite")
+    directory, other = SqliteDirectory(path), SqliteDirectory(path)
+    (waits_ms,) = directory._database.execute("PRAGMA busy_timeout").fetchone()
+    assert waits_ms <= 50
+    router = Router(directory=directory)
+    other._database.execute("BEGIN EXCLUSIVE")
+    for number in range(1, 51):
+        router.receive(register(parse_service(str(number))))
+        router.receive(unregister(parse_service(str(number))))
+        router.advance(0.01)
+    router.receive(register())
+    assert router.role.registrations.counters["directory_failures"] == 1
+    router.advance(5)
+    assert router.role.registrations.counters["directory_failures"] == 2
+    other._database.execute("ROLLBACK")
+    router.advance(5)
+    assert len(other.registrations(0)) == 1
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("these are notes, " * 1000)
