@@ -63,7 +63,7 @@ class MobilitySection(Struct, frozen=True, forbid_unknown_fields=True):
     return_after_s: Wait = 5.0
     return_after_max_s: Wait = 300.0
     try_path_s: Annotated[float, Meta(ge=0.1, le=3600)] = 3.0  # before a flow without a path tries the next one
-    silence_s: Wait = 2.0
+    silence_s: Wait = 1.5
     choose: Choice = "route"
     interface: tuple[InterfaceEntry, ...] = ()
     service: tuple[ServiceEntry, ...] = ()

@@ -11,20 +11,19 @@ from collections.abc import Collection
 
 from serval_core.names import FlowID
 
-PACKETS_MIN = 3
 _GROWTHS_MIN = 2  # looks in a row at which more had been sent
 
 
 class _Record:
-    __slots__ = ("began_at", "growths", "packets_in", "packets_out", "sent")
+    __slots__ = ("began_at", "growths", "looked_at", "packets_in", "packets_out")
 
-    def __init__(self, packets_out: int, packets_in: int) -> None:
+    def __init__(self, packets_out: int, packets_in: int, now: float) -> None:
         self.packets_in = packets_in
         self.packets_out = packets_out
+        self.looked_at = now
         self.restart()
 
     def restart(self) -> None:
-        self.sent = 0
         self.growths = 0
         self.began_at = 0.0
 
@@ -46,19 +45,19 @@ class SilenceWatch:
         """
         record = self._records.get(flow_id)
         if record is None:
-            self._records[flow_id] = _Record(packets_out, packets_in)
+            self._records[flow_id] = _Record(packets_out, packets_in, now)
             return False
+        looked_before, record.looked_at = record.looked_at, now
         if packets_in != record.packets_in:
             record.packets_in, record.packets_out = packets_in, packets_out
             record.restart()
             return False
         if packets_out > record.packets_out:
-            record.sent += packets_out - record.packets_out
             record.packets_out = packets_out
             record.growths += 1
             if record.growths == 1:
-                record.began_at = now
-        if record.growths < _GROWTHS_MIN or record.sent < PACKETS_MIN or now - record.began_at < silence_s:
+                record.began_at = looked_before
+        if record.growths < _GROWTHS_MIN or now - record.began_at < silence_s:
             return False
         record.restart()
         return True
