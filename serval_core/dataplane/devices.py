@@ -206,8 +206,19 @@ class Devices:
           chain output {{ type filter hook output priority raw; policy accept; oifname "{ANCHOR}" notrack; }}
           chain prerouting {{ type filter hook prerouting priority raw; policy accept; iifname "{ANCHOR}" notrack; }}
         }}"""
+        # While the BPF programs run nothing of this gets to serval1. They vanish with a process that is killed, and the kernel
+        # sockets that other programs hold would repeat what nobody sends on: they are reset at their first word, a kept-alive
+        # silent one at its next probe. In a transaction of its own, since a kernel may lack `reject`.
+        orphans = f"""
+        table ip {NFT_TABLE} {{
+          chain orphans {{
+            type filter hook prerouting priority raw; policy accept;
+            iifname "{ANCHOR_OUTER}" ip saddr {self._local_address} meta l4proto tcp reject with tcp reset
+          }}
+        }}"""
         if shutil.which("nft"):
-            subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=False, capture_output=True)
+            for text in (rules, orphans):
+                subprocess.run(["nft", "-f", "-"], input=text, text=True, check=False, capture_output=True)
 
     def _remove_nft_table(self) -> bool:
         if not shutil.which("nft"):

@@ -330,7 +330,15 @@ def test_daemon_with_three_capabilities_of_an_unprivileged_user(lab: Lab) -> Non
     lab.connect(near, "10.1.0.1/24", far, "10.1.0.2/24")
     as_user = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]
     bounded = ["--inh-caps", CAPABILITIES, "--ambient-caps", CAPABILITIES, "--bounding-set", CAPABILITIES]
-    daemon = start_servald(near, lab.directory / "near.log", command=[*as_user, *bounded, "--no-new-privs", *SERVALD])
+    state, file = lab.directory / "state", lab.directory / "near.toml"
+    state.mkdir(0o700)
+    os.chown(state, NOBODY, NOBODY)
+    file.write_text(f"[router]\nenabled = true\ndirectory = '{state}/registrations.sqlite'\n")
+    file.chmod(0o644)
+    daemon = start_servald(
+        near, lab.directory / "near.log", "--config", file, command=[*as_user, *bounded, "--no-new-privs", *SERVALD]
+    )
+    assert (state / "registrations.sqlite").owner() == "nobody"
     server = start_servald(far, lab.directory / "far.log")
     with running(far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE) as serving:
         connection = near.call(asyncio.run, aio.connect(SERVICE))
@@ -379,6 +387,26 @@ def test_native_server_outlives_its_daemon(site: Site, how: signal.Signals) -> N
             site.far_daemon.stop(how)
             site.far_daemon = start_servald(site.far, site.directory / f"far-{number}.log")
             wait_for(lambda: bound(site.far, SERVICE), "it is served again", 20)
+
+
+def test_kill_of_the_daemon_resets_programs_at_their_next_word(site: Site) -> None:
+    """Without a successor: one that sends at once, one that only reads when its socket probes the peer."""
+    with running(site.far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE):
+        sending, reading = (site.near.call(asyncio.run, aio.connect(SERVICE)) for _ in range(2))
+        for each in (sending, reading):
+            each.settimeout(20)
+            each.sendall(b"x")
+            assert each.recv(1) == b"x"
+        site.near_daemon.stop(signal.SIGKILL)
+        sending.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            sending.recv(1)
+        reading.setsockopt(system.IPPROTO_TCP, system.TCP_KEEPIDLE, 1)
+        with pytest.raises(ConnectionResetError):
+            reading.recv(1)
+        sending.close()
+        reading.close()
+    site.near_daemon = start_servald(site.near, site.directory / "again.log")
 
 
 def test_end_of_the_daemon_unregisters_and_resets(site: Site) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from serval_core.native_way import SYSTEM_USER
+from serval_core.controller.settings import DEFAULT_DIRECTORY
 from serval_core.native_protocol import NATIVE_SOCKET_ADDRESS
+from serval_core.native_way import SYSTEM_USER
 
 UNITS = Path(__file__).parents[2] / "configs" / "systemd"
 
@@ -28,6 +29,24 @@ def test_service_has_three_capabilities_and_its_user() -> None:
     assert service["User"] == SYSTEM_USER
     assert service["Type"] == "notify"
     assert f"u {SYSTEM_USER} " in (UNITS / "serval.sysusers").read_text()
+
+
+def test_directory_of_registrations_is_in_the_state_directory() -> None:
+    service = unit("servald.service")["Service"]
+    assert Path(DEFAULT_DIRECTORY).parent == Path("/var/lib") / service["StateDirectory"]
+    assert service["ProtectSystem"] == "strict", "or StateDirectory would not be what lets it write there"
+
+
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="there is no systemd here to ask")
+def test_systemd_makes_the_user(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    subprocess.run(["systemd-sysusers", f"--root={tmp_path}", str(UNITS / "serval.sysusers")], check=True)
+    user = next(line for line in (tmp_path / "etc/passwd").read_text().splitlines() if line.startswith(f"{SYSTEM_USER}:"))
+    assert user.split(":")[5:] == [str(Path(DEFAULT_DIRECTORY).parent), "/usr/sbin/nologin"]
+
+
+def test_reload_is_what_the_daemon_understands() -> None:
+    assert unit("servald.service")["Service"]["ExecReload"] == "/bin/kill -HUP $MAINPID"
 
 
 def test_socket_is_the_one_that_programs_ask() -> None:
