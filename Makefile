@@ -3,6 +3,7 @@
 #   make setup   install and build everything          make test    run the tests (ARGS="-k name" for some)
 #   make demo    show it working, in about a minute     make bench   compare it with others (QUICK=1: 3 minutes)
 #   make demo-services   show services that find each other while instances come, go and crash, in about a minute
+#   make demo-migration  show downloads that move to other interfaces and addresses (ARGS="--plots DIRECTORY"), in about a minute
 #   make lint    ruff and mypy                          make clean   remove what was built
 SHELL := /bin/bash
 VENV := .venv
@@ -11,9 +12,11 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(shell find serval_core translator -name '*.pyx' -o -name '*.pxd' -o -name '*.bpf.c' -o -name '*.h')
 PRINT_EXTRAS := import tomllib; \
     print(*sum(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"].values(), []), sep="\n")
+PRINT_PLOT_TOOLS := import tomllib; \
+    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], sep="\n")
 ARGS :=
 
-.PHONY: setup demo demo-services test bench lint clean root
+.PHONY: setup demo demo-services demo-migration test bench lint clean root
 .DELETE_ON_ERROR:
 
 setup: root $(VENV)/.test-tools
@@ -23,6 +26,9 @@ demo: root $(VENV)/.built
 
 demo-services: root $(VENV)/.built
 	$(RUN) -m lab.demo_services
+
+demo-migration: root $(VENV)/.built $(VENV)/.plot-tools
+	$(RUN) -m lab.demo_migration $(ARGS)
 
 test: root $(VENV)/.test-tools
 	$(RUN) -m pytest $(ARGS)
@@ -62,4 +68,8 @@ $(VENV)/.built: $(VENV)/.made $(BUILD_INPUTS) | root
 
 $(VENV)/.test-tools: $(VENV)/.debian-test $(VENV)/.built pyproject.toml | root
 	$(RUN) -c '$(PRINT_EXTRAS)' | $(PIP) --requirement /dev/stdin
+	touch $@
+
+$(VENV)/.plot-tools: $(VENV)/.made pyproject.toml | root
+	$(RUN) -c '$(PRINT_PLOT_TOOLS)' | $(PIP) --requirement /dev/stdin
 	touch $@

@@ -72,6 +72,7 @@ def _filter(protocol: int, longer_than_bytes: int) -> list[tuple[int, int, int, 
 
 
 def attach_filter(packet_socket: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
+    """Let through what the classic BPF `program` returns a length for; each step is (code, jump if true, if false, constant)."""
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     sock_fprog = struct.pack("HP", len(program), ctypes.addressof(instructions))
     packet_socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, sock_fprog)
