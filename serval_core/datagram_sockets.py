@@ -196,9 +196,14 @@ class ServalDatagramSocket(StackSocket):
     def _next_reply(self) -> tuple[Reply, int]:
         """Datagrams that came before the stack's answer are lost: the socket becomes another one."""
         while True:
-            head = system.socket.recv(self._way, 1, system.MSG_PEEK)
-            if not head or head[0] == JSON_MARK:
+            head = system.socket.recv(self._way, MESSAGE_LIMIT_BYTES, system.MSG_PEEK)
+            if not head:
                 return super()._next_reply()
+            if head[0] == JSON_MARK:
+                reply = decode_reply(head)
+                if not reply.datagram:
+                    return super()._next_reply()
+                self._pending_errno, self._pending_error = reply.errno, reply.error
             system.socket.recv(self._way, 1)
 
 

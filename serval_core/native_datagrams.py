@@ -121,7 +121,8 @@ class NativeDatagrams:
         return True
 
     def _refused(self, client: Client, address: int) -> None:
-        self.tell(client, refusal(errno.ECONNREFUSED, f"{format_address(address)} has no such service"))
+        sentence = f"{format_address(address)} has no such service"
+        self.tell(client, refusal(errno.ECONNREFUSED, sentence, datagram=True))
 
     def _connected(self, client: Client, flow: DatagramFlow) -> None:
         client.pending = None

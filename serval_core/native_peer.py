@@ -98,6 +98,6 @@ class Service(Protocol):
         """Raise Refused unless this is the address of one host, or 0: whoever the service table says."""
 
 
-def refusal(code: int, sentence: str) -> bytes:
-    """The message that refuses what a program has asked for."""
-    return encode(Reply(errno=code, error=sentence))
+def refusal(code: int, sentence: str, *, datagram: bool = False) -> bytes:
+    """The message that refuses what a program has asked for, or tells that a datagram was refused."""
+    return encode(Reply(datagram, code, sentence))

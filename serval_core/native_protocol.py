@@ -52,6 +52,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 class Reply(msgspec.Struct, omit_defaults=True):
     """What the stack answers, and what it says of a connection that comes with this message. Addresses in host order."""
 
+    datagram: bool = False  # no answer: this is what has become of a datagram
     errno: int = 0
     error: str = ""
     service: str = ""

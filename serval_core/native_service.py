@@ -183,16 +183,17 @@ class NativeService:
             elif message != HOLD:  # behind a connect that was refused at once
                 self._request(client, decode_request(message))
         except Refused as refused:
-            answer(client, refusal(refused.errno, str(refused)))
+            answer(client, refusal(refused.errno, str(refused), datagram=is_datagram))
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OurMistake) as mistake:
             self.counters["malformed"] += 1
-            answer(client, refusal(errno.EINVAL, str(mistake)))
+            answer(client, refusal(errno.EINVAL, str(mistake), datagram=is_datagram))
         except Exception as error:
             # A defect must neither leave the program waiting nor stay hidden.
             self._loop.call_exception_handler(
                 {"message": "a native program's request failed", "exception": error}
             )
-            answer(client, refusal(errno.EIO, f"the stack failed at this, which is a defect of it: {error!r}"))
+            sentence = f"the stack failed at this, which is a defect of it: {error!r}"
+            answer(client, refusal(errno.EIO, sentence, datagram=is_datagram))
 
     def _request(self, client: Client, request: Request) -> None:
         if client.listener is not None and request.request == "listen" and not request.backlog:

@@ -151,3 +151,28 @@ def test_closed_sockets_leave_nothing(hosts: NativeHosts) -> None:
         client.close()
         wait_for(lambda: hosts.far.call(hosts.far.stack.datagrams.snapshot) == [], "the endpoint is gone")
     wait_for(lambda: hosts.near.call(hosts.near.stack.datagrams.snapshot) == [], "the endpoint is gone")
+
+
+def test_failed_datagram_is_no_answer_to_a_connect(hosts: NativeHosts) -> None:
+    """What became of a datagram waits to be read when the stack answers something else."""
+    listener, client = bound(hosts), hosts.on(hosts.near, ServalDatagramSocket)
+    listener.listen()
+    hosts.near.call(lambda: hosts.near.stack.table.add(Rule.drop(parse_service("99"))))
+    client.sendto(b"x", "99")
+    assert select.select([client], [], [], 10)[0] == [client]
+    client.connect(SERVICE)
+    flow, _ = listener.accept()
+    with flow:
+        client.send(b"question")
+        assert flow.recv(100) == b"question"
+        flow.send(b"answer")
+        assert client.recv(100) == b"answer"
+
+
+def test_failed_datagram_is_no_answer_to_a_bind(hosts: NativeHosts) -> None:
+    client = bound(hosts)
+    hosts.far.call(lambda: hosts.far.stack.table.add(Rule.drop(parse_service("99"))))
+    client.sendto(b"x", "99")
+    assert select.select([client], [], [], 10)[0] == [client]
+    client.listen()
+    assert client.getsockopt(system.SOL_SOCKET, system.SO_ERROR) == errno.EHOSTUNREACH
