@@ -6,6 +6,7 @@
   answer there within `try_path_s`, it tries the next one, each once; after that the SAL's own patience decides.
   Without any path it waits (`sal.path_lost`), and goes on when one appears.
 - A flow that keeps sending and hears nothing tries another path as well, but keeps its own until the other one works.
+  If there is no other one it asks its peer for a sign of life on its own, which also finds out where the peer is.
 - A flow goes without need where the operator prefers it to be, or back to where it was before it had to leave: but only
   when that interface has been good for `return_after_s`, doubled each time that it failed soon after it came. A flow
   that an operator has placed leaves only out of need, and returns.
@@ -32,6 +33,7 @@ AVOID_MAX_S = 600.0
 AVOIDED_LIMIT = 4096
 FAILURES_FORGOTTEN_AFTER = 10  # times the wait that an interface was good for
 STRANDED_RETRY_S = 10.0
+ALIVE_S = 10.0  # how long an answer of the peer shows that small packets get through
 
 
 class Decision(NamedTuple):
@@ -82,12 +84,13 @@ class Mobility:
         self._homes: dict[FlowID, _Place] = {}
         self._placed: set[FlowID] = set()
         self._searches: dict[FlowID, _Search] = {}
+        self._answered_at: dict[FlowID, float] = {}
         self._avoided: dict[tuple[int, int], tuple[float, int]] = {}
         self._due = inf
 
     def __len__(self) -> int:
         """How many flows it remembers something about."""
-        return len({*self._homes, *self._placed, *self._searches})
+        return len({*self._homes, *self._placed, *self._searches, *self._answered_at})
 
     # What happens.
 
@@ -122,8 +125,9 @@ class Mobility:
             self._homes.pop(flow_id, None)
             self._searches.pop(flow_id, None)
 
-    def migrated(self, flow_id: FlowID, interface_index: int) -> None:
-        """A flow has moved."""
+    def migrated(self, flow_id: FlowID, interface_index: int, now: float) -> None:
+        """A flow has moved, so its peer has answered."""
+        self._answered_at[flow_id] = now
         self._searches.pop(flow_id, None)
         home = self._homes.get(flow_id)
         if home is not None and home.interface_index == interface_index:
@@ -139,9 +143,9 @@ class Mobility:
 
     def keep_only(self, flow_ids: Collection[FlowID]) -> None:
         """Forget all other flows."""
-        for flow_id in [each for each in {*self._homes, *self._searches} if each not in flow_ids]:
-            self._homes.pop(flow_id, None)
-            self._searches.pop(flow_id, None)
+        for memory in (self._homes, self._searches, self._answered_at):
+            for flow_id in [each for each in memory if each not in flow_ids]:
+                memory.pop(flow_id)
         self._placed.intersection_update(flow_ids)
 
     def works(self, interface_index: int, peer_address: int) -> None:
@@ -158,8 +162,12 @@ class Mobility:
             return []
         return [decision for flow in flows if (decision := self._decide(flow, now)) is not None]
 
+    def is_alive(self, flow: LiveFlow, now: float) -> bool:
+        """Whether the peer has answered on the flow's path a moment ago. If data gets no answer, its size may be why."""
+        return flow.is_settled and now - self._answered_at.get(flow.flow_id, -inf) < ALIVE_S
+
     def silent(self, flow: LiveFlow, now: float) -> Decision | None:
-        """A flow has sent for some time and heard nothing: the path that it may try instead."""
+        """A flow has sent for some time and heard nothing: the path that it may try instead, or its own."""
         if not self.settings.section.automatic or not flow.is_settled:
             return None
         self.failed(flow.interface_index, flow.peer_address, now)
@@ -169,7 +177,9 @@ class Mobility:
             if path.interface_index != flow.interface_index and not self._is_avoided(path, flow.peer_address, now)
         ]
         if not others:
-            return None
+            if not flow.peer_is_ours or not self._exists(flow.local_address, flow.interface_index, flow.peer_address):
+                return None
+            return self._back(flow, "nothing comes back, and there is no other path")
         self._homes.setdefault(flow.flow_id, _Place(flow.interface_index, flow.local_address))
         return Decision(flow.flow_id, others[0], "nothing comes back on its path")
 

@@ -90,6 +90,7 @@ class LiveFlow(NamedTuple):
     interface_index: int
     migration: OwnMove
     goal: Path | None
+    peer_is_ours: bool = True
 
     @property
     def is_settled(self) -> bool:

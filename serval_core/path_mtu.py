@@ -1,9 +1,9 @@
 """How large may packets be on the path of a flow, beyond what its first interface allows? (RFC 1191, RFC 4821)
 
-Routers tell, by ICMP errors that quote a packet of ours; and where they do not, a flow that sends in vain tries
-smaller ones. Anybody can send an ICMP error, so it has to know both flowIDs, or ports in framing `native`, and
-where the flow's packets go, and cannot make them tiny (compare RFC 5927). The next move forgets what was learned
-about the old path.
+Routers tell, by ICMP errors that quote a packet of ours; and where they do not, a flow whose data gets no answer while
+its control packets do tries smaller ones. Anybody can send an ICMP error, so it has to know both flowIDs, or ports in
+framing `native`, and where the flow's packets go, and cannot make them tiny (compare RFC 5927). The next move forgets
+what was learned about the old path.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _flow_of(core: Core, quoted: bytes) -> tuple[Flow, bool] | None:
 
 
 def suspected(core: Core, flow: Flow) -> None:
-    """Nothing comes back on the flow's path: perhaps only what is large does not get through."""
+    """Data is not answered, but RSYNs are: perhaps only what is large does not get through."""
     smaller = next((each for each in TRIED_BYTES if each < flow.mtu_bytes), None)
     if smaller is not None:
         core.counters["path_mtu_tried"] += 1

@@ -301,7 +301,7 @@ class ServiceAccessLayer:
         path_mtu.reported(self._core, quoted, mtu_bytes)
 
     def try_smaller_packets(self, flow_id: FlowID) -> None:
-        """A flow sends in vain, and has no other path: large packets may be what its path does not carry."""
+        """A flow sends in vain, while its peer answers RSYNs: large packets may be what its path does not carry."""
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None and flow.state in MOVABLE:
             path_mtu.suspected(self._core, flow)
@@ -434,6 +434,7 @@ def _live(flow: Flow) -> LiveFlow:
         flow.interface_index,
         OwnMove.SETTLED if moves is None else moves.own,
         None if moves is None else moves.path,
+        flow.options.capabilities is not None,
     )
 
 

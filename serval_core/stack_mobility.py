@@ -2,7 +2,7 @@
 
 Asked whenever interfaces, addresses or routes change, when a hysteresis is over, and when a flow sends in vain. Packet
 counters of some flows at a time, and where round-trip times or losses decide about new flows, what the kernel's TCP
-measures, are looked at twice a second. A flow that sends in vain and has no other path tries smaller packets.
+measures, are looked at twice a second. A flow that sends in vain although its peer answers tries smaller packets.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class AutomaticMobility:
             return
         if event.kind == "flow_migrated":
             self.mobility.works(flow.interface_index, flow.peer_address)
-            self.mobility.migrated(flow_id, flow.interface_index)
+            self.mobility.migrated(flow_id, flow.interface_index, now)
         elif fields["address"] is not None:
             wanted = self._paths.interface_of(parse_address(str(fields["address"])))
             if wanted is not None:
@@ -183,11 +183,12 @@ class AutomaticMobility:
                 flow_id, counted.packets_out, counted.packets_in, silence_s or float("inf"), now
             ):
                 flow = self._sal.live_flow(flow_id)
-                decision = None if flow is None else self.mobility.silent(flow, now)
-                if decision is not None:
-                    decisions.append(decision)
-                else:
+                if flow is None:
+                    continue
+                if self.mobility.is_alive(flow, now):
                     self._sal.try_smaller_packets(flow_id)
+                elif (decision := self.mobility.silent(flow, now)) is not None:
+                    decisions.append(decision)
         if self.settings.measures:
             for flow_id in looked_at[:MEASURED_FLOWS]:
                 self._measure(flow_id, now)

@@ -36,7 +36,7 @@ class Policy:
                 continue
             if kind == "flow_migrated":
                 self.mobility.works(flow.interface_index, flow.peer_address)
-                self.mobility.migrated(flow.flow_id, flow.interface_index)
+                self.mobility.migrated(flow.flow_id, flow.interface_index, self.host.network.now)
             elif kind == "migration_failed" and fields["address"] is not None:
                 wanted = self.host.paths.wire_of(parse_address(str(fields["address"])))
                 if wanted is not None:

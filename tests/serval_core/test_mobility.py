@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from serval_core.migration_states import OwnMove
-from serval_core.mobility import AVOID_S, STRANDED_RETRY_S, Decision, Mobility
+from serval_core.mobility import ALIVE_S, AVOID_S, STRANDED_RETRY_S, Decision, Mobility
 from serval_core.mobility_settings import InterfaceEntry, MobilitySection, MobilitySettings
 from serval_core.moves import LiveFlow
 from serval_core.names import FlowID, parse_address, parse_service
@@ -90,7 +90,7 @@ class World:
             migration=OwnMove.SETTLED,
         )
         self.mobility.works(goal.interface_index, PEER)
-        self.mobility.migrated(self.flow.flow_id, goal.interface_index)
+        self.mobility.migrated(self.flow.flow_id, goal.interface_index, self.now)
 
     def wait(self) -> Decision | None:
         """Let time pass to when something else may be decided, and decide."""
@@ -139,7 +139,7 @@ def test_an_address_that_changes_moves_the_flow_within_its_interface() -> None:
     assert (decision.path.interface_index, decision.path.source_address) == (ETH, address_on(ETH, 99))
     world.arrive()
     assert world.decide() is None
-    assert len(world.mobility) == 0
+    assert not world.mobility._homes
 
 
 def test_a_flow_returns_when_its_interface_has_been_good_for_a_while() -> None:
@@ -152,7 +152,7 @@ def test_a_flow_returns_when_its_interface_has_been_good_for_a_while() -> None:
     assert world.now == back_at + 5.0
     world.arrive()
     assert world.decide() is None
-    assert len(world.mobility) == 0
+    assert not world.mobility._homes
 
 
 def test_an_interface_that_flaps_is_trusted_less_each_time() -> None:
@@ -275,9 +275,17 @@ def test_a_flow_that_hears_nothing_tries_another_path_and_comes_back_later() -> 
     assert world.now == began + AVOID_S
 
 
-def test_a_flow_that_hears_nothing_stays_where_there_is_nothing_else() -> None:
+def test_a_flow_that_hears_nothing_and_has_no_other_path_asks_for_a_sign_of_life() -> None:
     world = World(None, ETH)
-    assert world.mobility.silent(world.flow, world.now) is None
+    decision = world.mobility.silent(world.flow, world.now)
+    assert goal_of(decision) == "eth0"
+    assert decision is not None
+    assert not world.mobility.is_alive(world.flow, world.now)
+    world.flow = world.flow._replace(migration=OwnMove.MOVING, goal=decision.path)
+    world.arrive()
+    assert world.mobility.is_alive(world.flow, world.now)
+    assert not world.mobility.is_alive(world.flow, world.now + ALIVE_S)
+    assert world.mobility.silent(world.flow._replace(peer_is_ours=False), world.now) is None
 
 
 def test_nothing_moves_by_itself_when_that_is_switched_off() -> None:

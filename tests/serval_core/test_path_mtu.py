@@ -63,6 +63,18 @@ def test_a_path_that_swallows_large_packets_without_a_word(ends: Uploading) -> N
     ends.finish()
 
 
+def test_an_outage_does_not_make_packets_small(ends: Uploading) -> None:
+    """Nothing gets through for a while on the only path, which is no matter of size."""
+    for host in (ends.client_host, ends.server_host):
+        ip(host, "link", "set", "eth1", "down")
+    ends.router.run(["nft", "add table ip f; add chain ip f c { type filter hook forward priority 0; policy drop; }"])
+    wait_for(lambda: ends.client.flows()[0]["migration"] == "SENT", "the peer to be asked for a sign of life")
+    ends.router.run(["nft", "delete table ip f"])
+    ends.learns(1500)
+    assert ends.client.counters().get("path_mtu_tried", 0) == 0
+    ends.finish()
+
+
 class Sender:
     """A host with an open flow in the memory network, about which ICMP errors come."""
 
