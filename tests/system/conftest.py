@@ -1,7 +1,7 @@
 """The hosts that the whole system is tested on, and the proof that nothing stays behind.
 
 `chain`: four in a row, for unmodified programs. `pair`: two, for the translator's own behaviour.
-`wire`: two, our stack on one and a prototype on the other.
+`wire`: two, our stack on one and a prototype on the other. `site`: two with a servald each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from playing import OUR_SERVICE
 from prototype_wire import OURS, QUICK, THEIRS, Wire, assert_idle
+from servald_site import Site
 from through_chain import PORTS, RAW, settled_holdings, wait_for_holdings
 from translator_pair import Pair
 
@@ -83,3 +84,11 @@ def wire(shared_wire: Wire) -> Iterator[Wire]:
     """The wire, and the proof that a test left nothing in the stack: no flow, no socket, no map entry."""
     yield shared_wire
     assert_idle(shared_wire.stack)
+
+
+@pytest.fixture
+def site(lab: Lab) -> Iterator[Site]:
+    made = Site(lab)
+    yield made
+    assert [made.near_daemon.stop(), made.far_daemon.stop()] == [0, 0]
+    assert [*kernel_traces(made.near), *kernel_traces(made.far)] == []
