@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.live import Live
 from rich.table import Table
 
@@ -109,6 +110,7 @@ def demonstrate(lab: Lab, seen: Seen) -> None:
         Live(console=console, refresh_per_second=8) as live,
     ):
         Play(services, seen, load, live).perform()
+    console.print()
     seen.attempts = load.attempts
     judge_attempts(seen)
     seen.services = services.router.show("services")
@@ -312,10 +314,8 @@ def report(seen: Seen, duration_s: float) -> None:
         f"{statistic:.2f} (probability of one as large: {probability:.3f})",
     )
     for crash in seen.crashes:
-        summary.add_row(
-            f"kill -9 of {crash.name}",
-            f"{crash.syns} SYNs came to its host after that, the last one {crash.last_s:.2f} s after it",
-        )
+        when = f", the last one {crash.last_s:.2f} s after it" if crash.syns else ""
+        summary.add_row(f"kill -9 of {crash.name}", f"{crash.syns} SYNs came to its host after that{when}")
     summary.add_row(
         "router during the download",
         f"{packets} packets, {passed_bytes:,} bytes of {BULK_BYTES:,} ({BULK_BYTES * 8 / took_s / 1e9:.2f} Gbit/s)",
@@ -326,21 +326,18 @@ def report(seen: Seen, duration_s: float) -> None:
 
 def acts_table(seen: Seen) -> Table:
     """One row for each act."""
-    table = Table(title="What clients saw")
-    table.add_column("", no_wrap=True)
-    for column in ("s", "clients", "failed", "cut off", *seen.weights, "median", "slowest"):
+    table = Table("", title="What clients saw", box=SIMPLE_HEAD)
+    for column in ("clients", "failed", *seen.weights, "median", "slowest"):
         table.add_column(column, justify="right", no_wrap=True)
-    failed, cut_off = failures(seen)
+    failed, _ = failures(seen)
     for act in seen.acts:
         attempts = [each for each in seen.attempts if act.began <= each.began < act.ended]
         counted = answered(attempts)
         times_ms = [1000 * each.took_s for each in attempts if not each.failure] or [0.0]
         table.add_row(
             act.name,
-            f"{act.ended - act.began:.0f}",
             str(len(attempts)),
             str(sum(each in failed for each in attempts)),
-            str(sum(each in cut_off for each in attempts)),
             *(str(counted[name]) for name in seen.weights),
             f"{statistics.median(times_ms):.1f} ms",
             f"{max(times_ms):.0f} ms",
