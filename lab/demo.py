@@ -47,6 +47,7 @@ PAIRS = 7
 MTU_BYTES = 1500
 FLOW_TABLE_COLUMNS = 120
 PROTOCOL_SAL = 144
+FRAMING = ("--framing", "sal")  # whose packets are counted on the wire
 PROTOCOL_TCP = 6
 
 
@@ -79,8 +80,8 @@ def demonstrate(lab: Lab, findings: Seen) -> None:
         slow = write_random_file(there / "slow", SLOW_BYTES, seed=3)
         chain.start(FRAMING, FRAMING)
     console.print(
-        "client - [bold]serval-translator --map 80=76568[/] - protocol 144 - "
-        "[bold]serval-translator --reverse 76568=10.3.0.1:80[/] - web server"
+        "client - [bold]serval-translator --framing sal --map 80=76568[/] - protocol 144 - "
+        "[bold]serval-translator --framing sal --reverse 76568=10.3.0.1:80[/] - web server"
     )
     with (
         WireCounter(*chain.wire, PROTOCOL_SAL) as sal,

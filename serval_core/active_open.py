@@ -17,14 +17,15 @@ from serval_core.effects import Connected, ConnectFailed, SendPacket
 from serval_core.errors import TheirMistake
 from serval_core.failover import HOPELESS, Choice, Failover
 from serval_core.flow import Flow, Search
+from serval_core.framing import Framing
 from serval_core.names import FlowID, ServiceID, format_address
 from serval_core.reset import resets_request
 from serval_core.retransmission import backed_off_s
 from serval_core.sal_settings import Authenticate
 from serval_core.states import Action, Event
-from serval_core.wire import ipv4
+from serval_core.wire import encapsulation
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, PROTOCOL_SAL, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
+from serval_core.wire.sal import ACK, PROTOCOL_TCP, RST, SYN, SalPacket, emit_control
 from serval_core.wire.tcp_segment import TcpSegment
 
 # When the handshake ACK is repeated to a prototype: it never repeats its SYN-ACK, so a lost ACK would leave
@@ -124,6 +125,10 @@ class ActiveOpen:
         flow.peer_nonce = control.nonce
         flow.receive_next = control.verno + 1 & 0xFFFFFFFF
         flow.send_unacknowledged = flow.send_next
+        core = self._core
+        if flow.framing is Framing.AUTO:
+            core.framings.answered(asked, ip.outer_ports is not None, now)
+        flow.outer_ports = ip.outer_ports
         flow.local_address = ip.destination
         flow.peer_address = peer_address
         flow.interface_index = path.interface_index
@@ -231,9 +236,10 @@ class ActiveOpen:
                     (),
                     transport_part.of_syn(flow, settings, source, destination),
                 )
-                packet = ipv4.emit(source, destination, PROTOCOL_SAL, payload)
-                core.effects.append(SendPacket(packet, destination, path.interface_index))
-                self._failover.syn_bytes = len(packet)
+                for ports in core.framings.ways_of_syn(flow.framing, destination, search.rounds > 0, now):
+                    packet = encapsulation.emit(source, destination, ports, payload)
+                    core.effects.append(SendPacket(packet, destination, path.interface_index))
+                    self._failover.syn_bytes = len(packet)
             if len(flow.ways) == 1:
                 timeout_s = core.round_trips.timeout_s(last, timeout_s)
         else:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from errno import ECONNRESET, EPIPE, ETIMEDOUT
 
+from serval_core import transport_part
 from serval_core.connected_datagrams import ConnectedDatagrams
-from serval_core.core import Core
+from serval_core.core import Core, covered
 from serval_core.effects import (
     CloseTransport,
     EndOfStream,
@@ -27,16 +28,16 @@ from serval_core.flow import Flow, TimeWait
 from serval_core.handshake import transport_parameters
 from serval_core.migration import Migration
 from serval_core.names import after, before
+from serval_core.nat_rebinding import NatRebinding
 from serval_core.reset import resets_flow
 from serval_core.retransmission import backed_off_s
 from serval_core.sent_resets import SentResets
 from serval_core.states import Action, Event, State
-from serval_core.wire import ipv4, tcp_segment
+from serval_core.wire import encapsulation, tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import (
     ACK,
     FIN,
-    PROTOCOL_SAL,
     PROTOCOL_TCP,
     PROTOCOL_UDP,
     RST,
@@ -54,13 +55,14 @@ _SERIAL_MASK = 0xFFFFFFFF
 class Close:
     """Processes what happens to flows after their handshake, and ends them."""
 
-    __slots__ = ("_core", "_datagrams", "_migration", "_sent_resets")
+    __slots__ = ("_core", "_datagrams", "_migration", "_nat", "_sent_resets")
 
     def __init__(
         self, core: Core, sent_resets: SentResets, datagrams: ConnectedDatagrams, migration: Migration
     ) -> None:
         self._core = core
         self._migration = migration
+        self._nat = NatRebinding(core, migration)
         self._datagrams = datagrams
         self._sent_resets = sent_resets
         core.register(
@@ -82,6 +84,10 @@ class Close:
         )
 
     # What the application and the data plane say.
+
+    def peer_seen(self, flow: Flow, address: int, port: int, now: float) -> None:
+        """Encapsulated data of the peer came from this address and UDP port."""
+        self._nat.seen(flow, address, port, now)
 
     def fin_acknowledged(self, flow: Flow, now: float) -> None:
         """The peer's TCP has acknowledged our TCP FIN."""
@@ -128,7 +134,8 @@ class Close:
                 raise TheirMistake("wrong_protocol")
             if len(sal.transport) < tcp_segment.HEADER_BYTES:
                 raise TheirMistake(tcp_segment.TRUNCATED)
-            self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
+            segment = transport_part.to_inject(ip, sal)
+            self._core.effects.append(InjectSegment(flow.flow_id, segment, ip.source, ip.destination))
             return
         flags = control.flags
         if flags != SYN | ACK:  # of a server that does not have our key yet
@@ -147,6 +154,8 @@ class Close:
         if flags & RSYN:
             self._migration_received(flow, ip, control, interface_index, now)
             return
+        if ip.outer_ports is not None:
+            self._nat.seen(flow, ip.source, ip.outer_ports.peer, now)
         ahead = control.verno - flow.receive_next & _SERIAL_MASK
         if flags != ACK and ahead > self._core.settings.version_gap_limit:
             if before(control.verno, flow.receive_next):
@@ -176,7 +185,7 @@ class Close:
         if flow.flow_id not in self._core.flows.by_id:
             return  # that was the end of it
         if flags & ACK:
-            self._migration.own.rsyn_ack_received(flow, ip.source, control, now)
+            self._migration.own.rsyn_ack_received(flow, ip, control, now)
         else:
             self._migration.peer.rsyn_received(flow, ip, control, interface_index, now)
         if fin_is_new:
@@ -194,14 +203,15 @@ class Close:
         if control.nonce != record.peer_nonce:
             raise TheirMistake("wrong_nonce")
         if record.proofs is not None:
-            record.proofs.check(ip.source, ip.destination, sal)
+            record.proofs.check(*covered(ip.outer_ports, ip.source, ip.destination), sal)
         # To where the peer is now: it may have moved since.
         packet, interface_index = record.acknowledgement, record.interface_index
-        if ip.source != record.destination:
-            said = parse(packet[ipv4.HEADER_BYTES :])
+        if ip.source != record.destination or ip.outer_ports is not None:
+            said = parse(encapsulation.payload_of(packet))
             if record.proofs is not None:
-                said = said._replace(proof=record.proofs.make(ip.destination, ip.source, said))
-            packet, interface_index = ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, emit(said)), 0
+                ends = covered(ip.outer_ports, ip.destination, ip.source)
+                said = said._replace(proof=record.proofs.make(*ends, said))
+            packet, interface_index = encapsulation.answer(ip, emit(said)), 0
         self._core.effects.append(SendPacket(packet, ip.source, interface_index))
         raise TheirMistake("repeated_control")
 
@@ -247,6 +257,7 @@ class Close:
     def _open_transport(self, flow: Flow, now: float) -> None:
         core = self._core
         core.stop_timers(flow, now)
+        self._nat.keep(flow, now)
         if flow.protocol == PROTOCOL_UDP:
             core.effects.append(
                 OpenDatagrams(flow.flow_id, flow.local_address, flow.peer_address, flow.interface_index)
@@ -263,7 +274,9 @@ class Close:
                 flow.options.capabilities is not None,
                 core.framings.native_path(
                     flow.native_port, flow.options.native_port, flow.peer_address, now
-                ),
+                )
+                if flow.outer_ports is None  # whatever stops protocol 144 or translates addresses
+                else None,
                 flow.outer_ports,
             )
         )

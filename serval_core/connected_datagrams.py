@@ -16,9 +16,9 @@ from serval_core.errors import TheirMistake
 from serval_core.flow import Flow, Traffic
 from serval_core.states import State
 from serval_core.unconnected import check_payload
-from serval_core.wire import ipv4, sal, udp
+from serval_core.wire import encapsulation, ipv4, sal, udp
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_UDP, SalPacket
+from serval_core.wire.sal import PROTOCOL_UDP, SalPacket
 from serval_core.wire.udp import UdpDatagram
 
 FLOW_PAYLOAD_BYTES_MAX = 65535 - ipv4.HEADER_BYTES - sal.BASE_BYTES - udp.HEADER_BYTES
@@ -54,7 +54,7 @@ class ConnectedDatagrams:
         source, destination = flow.local_address, flow.peer_address
         header = sal.data_header(flow.flow_id, flow.peer_flow_id, PROTOCOL_UDP)
         transport = udp.emit(UdpDatagram(0, 0, payload), source, destination)
-        packet = ipv4.emit(source, destination, PROTOCOL_SAL, header + transport)
+        packet = encapsulation.emit(source, destination, flow.outer_ports, header + transport)
         for each in ipv4.fragments(packet, path.mtu_bytes):
             core.effects.append(SendPacket(each, destination, path.interface_index))
         traffic = _traffic(flow)
@@ -76,7 +76,7 @@ class ConnectedDatagrams:
             raise TheirMistake("wrong_peer_flow")
         if packet.protocol != PROTOCOL_UDP:
             raise TheirMistake("wrong_protocol")
-        payload = udp.parse(packet.transport, ip.source, ip.destination).payload
+        payload = udp.parse(packet.transport, ip.source, ip.destination, ip.outer_ports is None).payload
         if not payload:
             raise TheirMistake("datagram_empty")
         return payload

@@ -25,10 +25,9 @@ from serval_core.sal_settings import SalSettings
 from serval_core.service_table import ServiceTable
 from serval_core.states import CONNECTION, Action, Event, ImpossibleEvent, State
 from serval_core.timers import NO_TIMER, Timers
-from serval_core.wire import ipv4
-from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire import encapsulation
+from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
 from serval_core.wire.sal import (
-    PROTOCOL_SAL,
     PROTOCOL_TCP,
     RSYN,
     Control,
@@ -166,7 +165,8 @@ class Core:
         """The IPv4 packet that `send_control` sends."""
         source, destination = flow.local_address, flow.peer_address
         if flow.proofs is not None:
-            payload = self.proven_control(flow, flags, verno, source, destination, service, transport, key)
+            ends = covered(flow.outer_ports, source, destination)
+            payload = self.proven_control(flow, flags, verno, *ends, service, transport, key)
         else:
             payload = emit_control(
                 flow.flow_id,
@@ -181,7 +181,7 @@ class Core:
                 transport,
                 key,
             )
-        return ipv4.emit(source, destination, PROTOCOL_SAL, payload)
+        return encapsulation.emit(source, destination, flow.outer_ports, payload)
 
     def send_control_on(
         self,
@@ -190,6 +190,7 @@ class Core:
         verno: int,
         path: Path,
         destination: int,
+        outer_ports: OuterPorts | None,
         service: ServiceID | None = None,
     ) -> None:
         """Send a control packet of the flow on another path than its own, to `destination`.
@@ -198,7 +199,7 @@ class Core:
         """
         source = path.source_address
         if flow.proofs is not None:
-            ends = (source, destination) if service is None else (0, 0)
+            ends = covered(outer_ports, source, destination) if service is None else (0, 0)
             payload = self.proven_control(flow, flags, verno, *ends, service)
         else:
             payload = emit_control(
@@ -211,7 +212,7 @@ class Core:
                 flow.local_nonce,
                 service,
             )
-        packet = ipv4.emit(source, destination, PROTOCOL_SAL, payload)
+        packet = encapsulation.emit(source, destination, outer_ports, payload)
         self.effects.append(SendPacket(packet, destination, path.interface_index))
 
     def proven_control(
@@ -225,7 +226,7 @@ class Core:
         transport: bytes = b"",
         key: bytes = b"",
     ) -> bytes:
-        """The SAL part of a control packet that goes from `source` to `destination`, with its proof."""
+        """The SAL part of a control packet with its proof, which says that it goes from `source` to `destination`."""
         assert flow.proofs is not None
         said = SalPacket(
             flow.flow_id,
@@ -237,13 +238,15 @@ class Core:
             transport,
             key,
         )
-        return emit(said._replace(proof=flow.proofs.make(*covered(flow, source, destination), said)))
+        return emit(said._replace(proof=flow.proofs.make(source, destination, said)))
 
     def check_proof(self, flow: Flow, ip: IPv4Packet, said: SalPacket) -> None:
         """Whether the peer has said this, if the flow's control packets are authenticated. Raises TheirMistake."""
         if flow.proofs is not None:
-            ends = (0, 0) if said.services and said.control and said.control.flags & RSYN else (ip.source, ip.destination)
-            flow.proofs.check(*covered(flow, *ends), said)
+            ends = covered(ip.outer_ports, ip.source, ip.destination)
+            if said.services and said.control and said.control.flags & RSYN:
+                ends = (0, 0)
+            flow.proofs.check(*ends, said)
 
     def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the flow's retransmission timer, in place of the one that may be running."""
@@ -289,6 +292,9 @@ class Core:
             flow.native_port = 0
         self.stop_timers(flow, now)
         self.leave_backlog(flow)
+        if flow.keepalive_timer != NO_TIMER:
+            self.timers.cancel(flow.keepalive_timer)
+            flow.keepalive_timer = NO_TIMER
         if flow.moves is not None:
             self.timers.cancel(flow.moves.timer)
             self.timers.cancel(flow.moves.answer_timer)
@@ -302,6 +308,6 @@ class Core:
         self.effects.append(FlowEnded(flow.flow_id, flow.errno))
 
 
-def covered(flow: Flow, source: int, destination: int) -> tuple[int, int]:
+def covered(outer_ports: OuterPorts | None, source: int, destination: int) -> tuple[int, int]:
     """The addresses that proofs say something of: none that a NAT, which UDP encapsulation is for, may change."""
-    return (0, 0) if flow.outer_ports is not None else (source, destination)
+    return (0, 0) if outer_ports is not None else (source, destination)

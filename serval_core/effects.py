@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from serval_core.framing import NativePath
 from serval_core.names import FlowID, ServiceID
-from serval_core.wire.encapsulation import OuterPorts
+from serval_core.wire.ipv4 import OuterPorts
 
 
 class TransportParameters(NamedTuple):
@@ -93,6 +93,7 @@ class MovePath:
     peer_address: int
     interface_index: int
     mtu_bytes: int
+    outer_ports: OuterPorts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.states import State
 from serval_core.timers import NO_TIMER
 from serval_core.ways import Way
-from serval_core.wire.encapsulation import OuterPorts
+from serval_core.wire.ipv4 import OuterPorts
 from serval_core.wire.sal import PROTOCOL_TCP
 from serval_core.wire.tcp_segment import NO_OPTIONS
 
@@ -114,6 +114,7 @@ class Flow:
         "initial_sequence",
         "initial_verno",
         "interface_index",
+        "keepalive_timer",
         "key_pair",
         "last_acknowledgement",
         "lifetime_timer",
@@ -197,6 +198,7 @@ class Flow:
         self.framing = Framing.SAL
         self.native_port = 0
         self.outer_ports: OuterPorts | None = None
+        self.keepalive_timer = NO_TIMER
 
         # The control packet that waits for its acknowledgement, and how long things may take.
         self.first_sent_at = now

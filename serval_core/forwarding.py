@@ -25,9 +25,9 @@ from serval_core.errors import TheirMistake
 from serval_core.paths import Interface, Path
 from serval_core.rendezvous import COPIES_LIMIT
 from serval_core.rules import RuleType
-from serval_core.wire import ipv4
+from serval_core.wire import encapsulation, ipv4
 from serval_core.wire.checksum import update_checksum
-from serval_core.wire.ipv4 import IPv4Packet
+from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
 from serval_core.wire.sal import (
     ACK,
     MAX_SOURCE_ADDRESSES,
@@ -182,6 +182,10 @@ def rewrite(ip: IPv4Packet, sal: SalPacket, address: int) -> bytes:
     transport_bytes = len(sal.transport)
     header = append_source(ip.payload[: len(ip.payload) - transport_bytes], ip.source, ip.destination)
     transport = _transport_to(sal.transport, sal.protocol, ip.destination, address)
+    if ip.outer_ports is not None:
+        # The next one is to see the client's port, which its answer goes to (SPEC 8).
+        onward = OuterPorts(ip.outer_ports.peer, ip.outer_ports.local)
+        return encapsulation.emit(ip.source, address, onward, header + transport, ip.ttl - 1)
     return ipv4.emit(
         ip.source,
         address,

@@ -12,11 +12,16 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from serval_core.names import FlowID, ServiceID, ServicePrefix
+from serval_core.wire.encapsulation import ACTIVE_PORTS
+from serval_core.wire.ipv4 import OuterPorts
 
 NATIVE_PAUSE_S = 10.0
 NATIVE_PAUSE_MAX_S = 600.0
 ENCAPSULATED_S = 600.0
 ADDRESSES_LIMIT = 4096
+_PLAIN: tuple[OuterPorts | None, ...] = (None,)
+_ENCAPSULATED: tuple[OuterPorts | None, ...] = (ACTIVE_PORTS,)
+_BOTH: tuple[OuterPorts | None, ...] = (None, ACTIVE_PORTS)
 
 
 class Framing(StrEnum):
@@ -83,13 +88,15 @@ class _Doubt(NamedTuple):
 class Framings:
     """The choice for each flow."""
 
-    __slots__ = ("_default", "_doubts", "_encapsulated", "_services")
+    __slots__ = ("_default", "_doubts", "_encapsulated", "_services", "can_encapsulate")
 
     def __init__(self, default: Framing, services: Sequence[ServiceFraming] = ()) -> None:
         self._default = default
         self._services = sorted(services, key=lambda each: -each.prefix.bits)
         self._doubts: dict[int, _Doubt] = {}
         self._encapsulated: dict[int, float] = {}
+        self.can_encapsulate = False
+        """Whether this host can receive what is inside UDP."""
 
     def of_service(self, service_id: ServiceID) -> Framing:
         """What is wanted for a service: the longest prefix decides."""
@@ -122,12 +129,21 @@ class Framings:
         """Native data to this address gets through."""
         self._doubts.pop(peer_address, None)
 
-    def begins_encapsulated(self, address: int, now: float) -> bool:
-        """Whether an earlier SYN to this address was answered in UDP only."""
-        return self._encapsulated.get(address, now) > now
+    def ways_of_syn(self, wanted: Framing, address: int, repeated: bool, now: float) -> tuple[OuterPorts | None, ...]:
+        """How a SYN goes to an address: inside UDP, behind IP alone, or both. The first answer wins.
+
+        A SYN that is not `repeated` goes the way that was answered the last time.
+        """
+        if not self.can_encapsulate or wanted in (Framing.SAL, Framing.NATIVE):
+            return _PLAIN
+        if wanted is Framing.UDP:
+            return _ENCAPSULATED
+        if repeated:
+            return _BOTH
+        return _ENCAPSULATED if self._encapsulated.get(address, now) > now else _PLAIN
 
     def answered(self, address: int, encapsulated: bool, now: float) -> None:
-        """A SYN that was sent both ways was answered first in this one."""
+        """A SYN to this address was answered, inside UDP or not."""
         self._encapsulated.pop(address, None)
         if encapsulated:
             self._encapsulated[address] = now + ENCAPSULATED_S

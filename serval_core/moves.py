@@ -8,6 +8,7 @@ from serval_core.migration_states import OwnMove, PeerMove, prototype_name
 from serval_core.names import FlowID, ServiceID
 from serval_core.paths import Path
 from serval_core.timers import NO_TIMER
+from serval_core.wire.ipv4 import OuterPorts
 
 
 class Moves:
@@ -17,13 +18,16 @@ class Moves:
         "answer_timeout_s",
         "answer_timer",
         "answered_from",
+        "answered_ports",
         "answers",
         "answers_since",
         "candidate_address",
         "candidate_local",
         "candidate_path",
+        "candidate_ports",
         "completed",
         "destination",
+        "destination_ports",
         "failure",
         "first_verno",
         "own",
@@ -51,9 +55,11 @@ class Moves:
         self.own = OwnMove.SETTLED
         self.path: Path | None = None
         self.destination = 0
+        self.destination_ports: OuterPorts | None = None
         self.first_verno = 0
         self.started_at = 0.0
         self.answered_from = 0  # where the last RSYN-ACK came from
+        self.answered_ports: OuterPorts | None = None
         self.sent_at: float | None = None  # of an RSYN that was sent once
         self.repeats = 0
         self.seeking = False  # the RSYN has also gone to where else the peer may be (`rendezvous`)
@@ -67,6 +73,7 @@ class Moves:
         self.peer_verno: int | None = None
         self.peer_confirmed = False
         self.candidate_address = 0
+        self.candidate_ports: OuterPorts | None = None
         self.candidate_local = 0
         self.candidate_path: Path | None = None
         self.answers = 0

@@ -27,7 +27,12 @@ def move_path(core: Core, flow: Flow) -> None:
     """Have the flow's data go by the path that `flow` has now."""
     core.effects.append(
         MovePath(
-            flow.flow_id, flow.local_address, flow.peer_address, flow.interface_index, flow.mtu_bytes
+            flow.flow_id,
+            flow.local_address,
+            flow.peer_address,
+            flow.interface_index,
+            flow.mtu_bytes,
+            flow.outer_ports,
         )
     )
 

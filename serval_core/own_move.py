@@ -14,12 +14,17 @@ from serval_core.flow import Flow
 from serval_core.migration_states import OWN_MOVE, ImpossibleMove, OwnAction, OwnEvent, OwnMove
 from serval_core.moving import MOVABLE, SERIAL_MASK, move_path, moves_of, report_move
 from serval_core.names import after
+from serval_core.nat_keepalive import keep_reachable, may_change_to_udp
 from serval_core.paths import Path
 from serval_core.rendezvous import seek
 from serval_core.retransmission import backed_off_s
 from serval_core.states import Event, State
 from serval_core.timers import NO_TIMER
+from serval_core.wire.encapsulation import ACTIVE_PORTS
+from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
 from serval_core.wire.sal import ACK, FIN, RSYN, Control
+
+_REPEATS_BEFORE_UDP = 2  # of an RSYN that protocol 144 may not bring to its destination
 
 
 class OwnMoves:
@@ -44,10 +49,18 @@ class OwnMoves:
 
     # What this host wants.
 
-    def migrate(self, flow: Flow, path: Path, destination: int, now: float) -> None:
+    def migrate(
+        self,
+        flow: Flow,
+        path: Path,
+        destination: int,
+        now: float,
+        destination_ports: OuterPorts | None = None,
+    ) -> None:
         """Begin to move to `path`, in place of a move that is under way.
 
-        `destination`, unless it is 0, is where the peer is to be found from now on, if it proves to be there.
+        `destination`, unless it is 0, is where the peer is to be found from now on, if it proves to be there;
+        inside UDP if there are `destination_ports`.
         OurMistake when the connection's state forbids it.
         """
         if flow.state not in MOVABLE:
@@ -56,6 +69,7 @@ class OwnMoves:
         moves = moves_of(flow)
         moves.path = path
         moves.destination = destination
+        moves.destination_ports = destination_ports
         moves.started_at = now
         self._step(flow, OwnEvent.MIGRATE, now)
 
@@ -102,8 +116,9 @@ class OwnMoves:
 
     # What the peer says. Its nonce has been checked.
 
-    def rsyn_ack_received(self, flow: Flow, source: int, control: Control, now: float) -> None:
-        """The peer answers an RSYN of ours from address `source`, or seems to. Raises TheirMistake."""
+    def rsyn_ack_received(self, flow: Flow, ip: IPv4Packet, control: Control, now: float) -> None:
+        """The peer answers an RSYN of ours from where this packet came from, or seems to. Raises TheirMistake."""
+        source = ip.source
         limit = self._core.settings.version_gap_limit
         if control.verno - flow.receive_next + limit & SERIAL_MASK > 2 * limit:
             raise TheirMistake("version_gap")
@@ -113,6 +128,7 @@ class OwnMoves:
         if after(control.ackno, flow.send_next):
             raise TheirMistake("wrong_ackno")
         moves.answered_from = source
+        moves.answered_ports = ip.outer_ports
         if moves.own is OwnMove.SETTLED:
             # Its ACK was lost: the peer goes on asking until it has it.
             self._confirm(flow, now)
@@ -210,7 +226,11 @@ class OwnMoves:
         if moves.path is not None:
             flags = RSYN if flow.fin_verno is None else RSYN | FIN
             destination = moves.destination or flow.peer_address
-            core.send_control_on(flow, flags, flow.send_next - 1 & SERIAL_MASK, moves.path, destination)
+            ports = moves.destination_ports if moves.destination else flow.outer_ports
+            verno = flow.send_next - 1 & SERIAL_MASK
+            core.send_control_on(flow, flags, verno, moves.path, destination, ports)
+            if ports is None and moves.repeats >= _REPEATS_BEFORE_UDP and may_change_to_udp(core, flow):
+                core.send_control_on(flow, flags, verno, moves.path, destination, ACTIVE_PORTS)
             if moves.repeats >= core.settings.rendezvous_after and seek(core, flow, flags, moves.path):
                 moves.seeking = True
         if moves.own is OwnMove.STRANDED:
@@ -243,6 +263,8 @@ class OwnMoves:
         flow.mtu_bytes = path.mtu_bytes
         if moves.destination:
             flow.peer_address = moves.destination
+        flow.outer_ports = moves.answered_ports
+        keep_reachable(self._core, flow, now)
         move_path(self._core, flow)
 
     def _confirm(self, flow: Flow, now: float) -> None:
@@ -254,7 +276,8 @@ class OwnMoves:
             path = self._core.paths.path_to(source, flow.interface_index)
             if path is not None:
                 own = path._replace(source_address=flow.local_address)
-                self._core.send_control_on(flow, ACK, flow.send_next, own, source)
+                ports = moves_of(flow).answered_ports
+                self._core.send_control_on(flow, ACK, flow.send_next, own, source, ports)
         self._core.send_control(flow, ACK, flow.send_next)
 
     def _resume_fin(self, flow: Flow, now: float) -> None:

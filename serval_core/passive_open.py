@@ -116,7 +116,7 @@ class PassiveOpen:
         core = self._core
         flow = core.flows.by_syn.get(SynKey(peer_address, sal.src_flow_id, control.nonce))
         if flow is not None:
-            self._repeated_syn(flow, control.verno, now)
+            self._repeated_syn(flow, ip, control.verno, now)
             return
         if core.flows.half_open >= core.settings.request_queue_limit:
             raise TheirMistake("request_queue_full")
@@ -158,6 +158,7 @@ class PassiveOpen:
             flow.source_addresses = (*sal.source_addresses, local_address)
         flow.timeout_s = core.round_trips.timeout_s(peer_address, core.settings.synack_timeout_s)
         flow.key_pair = core.key_pairs.current(now) if proven else None
+        flow.outer_ports = ip.outer_ports
         flow.framing = core.framings.of_service(flow.service_id)
         if segment.options.native_port and core.flows.half_open < core.settings.native_half_open_limit:
             core.offer_native(flow)
@@ -189,7 +190,7 @@ class PassiveOpen:
         core = self._core
         if broadcast:
             return
-        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+        segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, ip.outer_ports is None)
         if segment.options.capabilities is not None:
             core.effects.append(SendPacket(answer_with_reset(ip, sal), ip.source, interface_index))
             core.counters["resets_answered"] += 1
@@ -218,6 +219,7 @@ class PassiveOpen:
         if flow.key_pair is not None:
             self._check_first_proof(flow, flow.key_pair, ip, sal)
         window_bytes = transport_part.read_handshake_ack(flow, ip, sal)
+        flow.outer_ports = ip.outer_ports
         if control.flags == RSYN:
             # The ACK was lost, and the client is already elsewhere. Following it is the next step (`migration`).
             self._complete(flow, window_bytes, now)
@@ -239,7 +241,7 @@ class PassiveOpen:
         client = flow.peer_flow_id, flow.peer_nonce, sal.key
         server = flow.flow_id, flow.local_nonce, pair.public
         proofs = Proofs.agreed(pair.agree(sal.key), client, server, is_client=False)
-        proofs.check(*covered(flow, ip.source, ip.destination), sal)
+        proofs.check(*covered(ip.outer_ports, ip.source, ip.destination), sal)
         flow.proofs = proofs
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
@@ -254,25 +256,28 @@ class PassiveOpen:
         if sal.protocol != PROTOCOL_TCP:
             raise TheirMistake("wrong_protocol")
         # Behind a veth the kernel leaves the checksum of its segments to be completed.
-        if tcp_segment.checksum_state(sal.transport, ip.source, ip.destination) == "wrong":
+        transport = transport_part.to_inject(ip, sal)
+        if tcp_segment.checksum_state(transport, ip.source, ip.destination) == "wrong":
             raise TheirMistake(tcp_segment.WRONG_CHECKSUM)
         segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, verify=False)
+        flow.outer_ports = ip.outer_ports
         window_bytes = self._core.settings.receive_window_bytes
         if not handshake.first_segment_is_acceptable(flow, segment, window_bytes):
             raise TheirMistake("handshake_segment")
         self._complete(flow, handshake.scaled_window(flow, segment), now)
-        self._core.effects.append(InjectSegment(flow.flow_id, sal.transport, ip.source, ip.destination))
+        self._core.effects.append(InjectSegment(flow.flow_id, transport, ip.source, ip.destination))
 
     def _complete(self, flow: Flow, peer_window_bytes: int, now: float) -> None:
         flow.peer_window_bytes = peer_window_bytes
         flow.send_unacknowledged = flow.send_next
         self._core.step(flow, Event.HANDSHAKE_COMPLETED, now)
 
-    def _repeated_syn(self, flow: Flow, verno: int, now: float) -> None:
+    def _repeated_syn(self, flow: Flow, ip: IPv4Packet, verno: int, now: float) -> None:
         if flow.state is not State.RESPOND:
             raise TheirMistake("repeated_syn")
         if verno + 1 & 0xFFFFFFFF != flow.receive_next:
             raise TheirMistake("wrong_verno")
+        flow.outer_ports = ip.outer_ports  # the client tries all ways, and one may work in its direction only
         # The client may answer either copy of the SYN-ACK, so its round trip cannot be measured (Karn).
         flow.retransmissions += 1
         self._core.step(flow, Event.SYN_RECEIVED, now)

@@ -62,6 +62,7 @@ class PeerMoves:
                 moves.answers = 0
                 moves.answers_since = now
         moves.candidate_address = ip.source
+        moves.candidate_ports = ip.outer_ports
         if moves.own is OwnMove.SETTLED and paths.has_address(flow.local_address):
             # It may have been sent to where we were, or to where our service is: here we are.
             moves.candidate_local = flow.local_address
@@ -83,7 +84,7 @@ class PeerMoves:
         moves = flow.moves
         if moves is None or moves.peer is not PeerMove.PROVING or moves.peer_verno is None:
             return
-        if flow.proofs is not None and flow.outer_ports is None and source != moves.candidate_address:
+        if flow.proofs is not None and moves.candidate_ports is None and source != moves.candidate_address:
             return
         ahead = control.verno - moves.peer_verno - 1 & SERIAL_MASK
         if ahead <= self._core.settings.version_gap_limit:
@@ -141,7 +142,8 @@ class PeerMoves:
         path = moves.candidate_path
         assert path is not None
         answering = path._replace(source_address=moves.candidate_local)
-        self._core.send_control_on(flow, RSYN | ACK, flow.send_next, answering, moves.candidate_address)
+        address, ports = moves.candidate_address, moves.candidate_ports
+        self._core.send_control_on(flow, RSYN | ACK, flow.send_next, answering, address, ports)
 
     def _follow(self, flow: Flow, now: float) -> None:
         moves = moves_of(flow)
@@ -150,6 +152,7 @@ class PeerMoves:
         path = paths.path_to(address, flow.interface_index) or moves.candidate_path
         assert path is not None
         flow.peer_address = address
+        flow.outer_ports = moves.candidate_ports
         flow.interface_index = path.interface_index
         flow.mtu_bytes = path.mtu_bytes
         move_path(self._core, flow)

@@ -39,7 +39,7 @@ def seek(core: Core, flow: Flow, flags: int, path: Path) -> bool:
             way = core.paths.path_to(target.address, path.interface_index)
             if target.broadcast or way is not None:
                 verno = flow.send_next - 1 & 0xFFFFFFFF
-                core.send_control_on(flow, flags, verno, path, target.address, flow.service_id)
+                core.send_control_on(flow, flags, verno, path, target.address, None, flow.service_id)
                 sent += 1
         if targets[0].broadcast:
             break

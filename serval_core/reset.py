@@ -7,9 +7,9 @@ and the path between them know.
 from __future__ import annotations
 
 from serval_core.flow import Flow
-from serval_core.wire import ipv4
+from serval_core.wire import encapsulation
 from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import ACK, FIN, PROTOCOL_SAL, RST, SYN, Control, SalPacket, emit_control
+from serval_core.wire.sal import ACK, FIN, RST, SYN, Control, SalPacket, emit_control
 
 _NO_NONCE = bytes(8)
 # A prototype's answer to a FIN acknowledges 32 too many, and one more when there was a SYN (quirk 12).
@@ -55,4 +55,4 @@ def answer_with_reset(ip: IPv4Packet, sal: SalPacket) -> bytes:
             ackno = control.verno + taken & 0xFFFFFFFF
     nonce = _NO_NONCE if control is None else control.nonce
     payload = emit_control(sal.dst_flow_id, sal.src_flow_id, sal.protocol, flags, verno, ackno, nonce)
-    return ipv4.emit(ip.destination, ip.source, PROTOCOL_SAL, payload)
+    return encapsulation.answer(ip, payload)

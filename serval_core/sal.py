@@ -40,8 +40,8 @@ from serval_core.states import State
 from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.undeliverable import error_name, undelivered
 from serval_core.wire import ipv4
-from serval_core.wire.ipv4 import IPv4Packet
-from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket, parse
+from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
+from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket, parse
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
 
@@ -277,6 +277,35 @@ class ServiceAccessLayer:
             self._dispatch(ip, parse(ip.payload), interface_index, broadcast, now)
         except TheirMistake as mistake:
             core.drop(mistake.reason)
+
+    def encapsulated_received(
+        self,
+        payload: bytes,
+        source: int,
+        destination: int,
+        ports: OuterPorts,
+        interface_index: int,
+        broadcast: bool,
+        now: float,
+    ) -> None:
+        """Process what came inside UDP; `ports` as we see them. The outer checksum has been verified."""
+        core = self._core
+        core.counters["packets_received"] += 1
+        try:
+            ip = IPv4Packet(source, destination, PROTOCOL_SAL, ipv4.DEFAULT_TTL, 0, 0, 0, payload, ports)
+            self._dispatch(ip, parse(payload), interface_index, broadcast, now)
+        except TheirMistake as mistake:
+            core.drop(mistake.reason)
+
+    def peer_seen(self, flow_id: FlowID, address: int, port: int, now: float) -> None:
+        """Data plane: the flow's encapsulated data comes from this address and UDP port, and not from where we send to."""
+        flow = self._core.flows.by_id.get(flow_id)
+        if flow is not None:
+            self._close.peer_seen(flow, address, port, now)
+
+    def can_encapsulate(self) -> None:
+        """This host receives what comes inside UDP. Unless it is told so, the SAL sends no SYN that way."""
+        self._core.framings.can_encapsulate = True
 
     def send_failed(self, packet: bytes, errno: int, now: float) -> None:
         """Data plane: a packet of ours, or one that an ICMP error quotes the beginning of, was not delivered.

@@ -65,6 +65,7 @@ class SalSettings:
     time_wait_limit: int = 65536  # the oldest goes first
 
     framing: Framing = Framing.AUTO
+    nat_keepalive_s: float = 20.0
     native_half_open_limit: int = 128  # with so many half-open flows no more ports are spent on framing `native`
     service_framings: tuple[ServiceFraming, ...] = ()  # exceptions
 

@@ -205,6 +205,12 @@ class ServalStack:
             stack._dataplane, stack._sal, stack._take_events, stack._run_effects
         )
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
+        for own in stack._dataplane.encapsulation.sockets:
+            stack._loop.add_reader(own, stack._encapsulated_wait, own)
+        if in_use := stack._dataplane.encapsulation.ports_in_use:
+            log.warning("no UDP encapsulation: another program has its ports", ports=in_use)
+        else:
+            stack._sal.can_encapsulate()
         stack._loop.add_reader(stack._dataplane.event_fd, stack._events_wait)
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
         stack._loop.add_reader(stack._dataplane.too_big.fileno(), stack._too_big)
@@ -236,6 +242,8 @@ class ServalStack:
             self._forget(connection)
         self.services.close()
         self._loop.remove_reader(self._dataplane.control_fd)
+        for own in self._dataplane.encapsulation.sockets:
+            self._loop.remove_reader(own)
         self._loop.remove_reader(self._dataplane.event_fd)
         self._loop.remove_reader(self._dataplane.monitor.fileno())
         self._loop.remove_reader(self._dataplane.too_big.fileno())
@@ -422,19 +430,27 @@ class ServalStack:
             if len(batch) < BATCH_PACKETS:
                 return
 
+    def _encapsulated_wait(self, own: socket.socket) -> None:
+        now = time.monotonic()
+        for each in self._dataplane.encapsulation.receive(own):
+            self._sal.encapsulated_received(*each, now)
+        self._run_effects()
+
     def _events_wait(self) -> None:
         self._take_events()
         self._run_effects()
 
     def _take_events(self) -> None:
         now = time.monotonic()
-        for flow_id, event in self._dataplane.take_events():
+        for flow_id, event, address, port in self._dataplane.take_events():
             if event is FlowEvent.FIN_ACKNOWLEDGED:
                 self._sal.fin_acknowledged(flow_id, now)
             elif event is FlowEvent.RESET_SENT:
                 self._sal.transport_reset(flow_id, now)
             elif event is FlowEvent.NATIVE_DOUBTED:
                 self._sal.native_doubted(flow_id, now)
+            elif event is FlowEvent.PEER_SEEN:
+                self._sal.peer_seen(flow_id, address, port, now)
             else:
                 self._sal.native_proved(flow_id)
 

@@ -48,9 +48,9 @@ def of_handshake_ack(flow: Flow, settings: SalSettings, now: float) -> bytes:
 def read_syn(ip: IPv4Packet, sal: SalPacket) -> TcpSegment:
     """What a SYN says, of whichever of the two protocols. Raises TheirMistake."""
     if sal.protocol == PROTOCOL_UDP:
-        udp.parse(sal.transport, ip.source, ip.destination)
+        udp.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
         return _NO_SEGMENT
-    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
     if not handshake.syn_is_acceptable(segment):
         raise TheirMistake(_MISTAKE)
     return segment
@@ -60,9 +60,9 @@ def read_syn_ack(flow: Flow, ip: IPv4Packet, sal: SalPacket) -> TcpSegment:
     """What the SYN-ACK to a flow's SYN says. Raises TheirMistake."""
     _check_protocol(flow, sal)
     if sal.protocol == PROTOCOL_UDP:
-        udp.parse(sal.transport, ip.source, ip.destination)
+        udp.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
         return _NO_SEGMENT
-    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
     if not handshake.syn_ack_is_acceptable(flow, segment):
         raise TheirMistake(_MISTAKE)
     return segment
@@ -74,12 +74,26 @@ def read_handshake_ack(flow: Flow, ip: IPv4Packet, sal: SalPacket) -> int:
     if not sal.transport:
         return handshake.window_without_segment(flow)
     if sal.protocol == PROTOCOL_UDP:
-        udp.parse(sal.transport, ip.source, ip.destination)
+        udp.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
         return 0
-    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination)
+    segment = tcp_segment.parse(sal.transport, ip.source, ip.destination, _covers_addresses(ip))
     if not handshake.first_segment_is_acceptable(flow, segment, 1):
         raise TheirMistake(_MISTAKE)
     return handshake.scaled_window(flow, segment)
+
+
+def to_inject(ip: IPv4Packet, sal: SalPacket) -> bytes:
+    """A TCP segment with a checksum for the addresses that it came with. Raises TheirMistake."""
+    if _covers_addresses(ip):
+        return sal.transport
+    return tcp_segment.complete_checksum(sal.transport, ip.source, ip.destination)
+
+
+def _covers_addresses(ip: IPv4Packet) -> bool:
+    """Whether a checksum is that of the addresses in `ip`. Inside UDP it is that of the sender's own view of them, and the
+    outer checksum has been verified instead (SPEC 8).
+    """
+    return ip.outer_ports is None
 
 
 def _check_protocol(flow: Flow, sal: SalPacket) -> None:

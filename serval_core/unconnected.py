@@ -161,7 +161,7 @@ class Unconnected:
             return False
         if len(packet.services) != 2:
             raise TheirMistake("datagram_without_source")
-        payload = udp.parse(packet.transport, ip.source, ip.destination).payload
+        payload = udp.parse(packet.transport, ip.source, ip.destination, ip.outer_ports is None).payload
         if not payload:
             raise TheirMistake("datagram_empty")
         destination, source = packet.services

@@ -30,6 +30,7 @@ from serval_core.dataplane.devices import (
     SEGMENTER,
     Devices,
 )
+from serval_core.dataplane.encapsulation import Encapsulation
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.dataplane.native_ports import DEFAULT_PORTS, PortRange, ReservedPorts
@@ -41,7 +42,7 @@ from serval_core.dataplane.too_big import TooBigMessages
 from serval_core.effects import MovePath, OpenTransport
 from serval_core.errors import KernelRefused
 from serval_core.framing import Framing
-from serval_core.handshake import mss_for_path
+from serval_core.handshake import OUTER_UDP_BYTES, mss_for_path
 from serval_core.names import FlowID, parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
 
@@ -71,9 +72,11 @@ FLOW = struct.Struct("!III4s4s4s12s12s6s6sHHHHI")
 FLOW_ADDRESSES = struct.Struct("!III4s")  # what a flow's entry begins with: local, peer, next hop, interface
 FLOW_FLAGS = slice(20, 24)
 FLOW_MACS = slice(48, 60)
+FLOW_OUTER_PORTS = slice(64, 68)
+OUTER_PORTS = struct.Struct("!HH")
 FLOW_PATH_NUMBER = slice(68, 72)
-FLOW_STATE = struct.Struct("=QQIBBBBIIII24xQQBBBB44x")
-EVENT = struct.Struct("!I4s")
+FLOW_STATE = struct.Struct("=QQIBBBBIIII24xQQBBBB4s2s38x")
+EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
 SOCKET_STATE = struct.Struct("=IIIII")
 LOOK_PACKET = bytes(64)  # serval_look answers in it
@@ -93,6 +96,16 @@ class FlowEvent(IntEnum):
     RESET_SENT = 2
     NATIVE_DOUBTED = 3
     NATIVE_PROVED = 4
+    PEER_SEEN = 5
+
+
+class Noticed(NamedTuple):
+    """An event. Address and port are those of PEER_SEEN."""
+
+    flow_id: FlowID
+    event: FlowEvent
+    address: int
+    port: int
 
 
 class FlowCounters(NamedTuple):
@@ -140,7 +153,7 @@ class DataPlaneSettings:
 
 def fresh_state(send_next: int) -> bytes:
     """What the programs have noted about a flow that has sent nothing since its handshake."""
-    return FLOW_STATE.pack(0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, 0, 0, 0, 0, 0, 0)
+    return FLOW_STATE.pack(0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, 0, 0, 0, 0, 0, 0, bytes(4), bytes(2))
 
 
 class KernelDataPlane:
@@ -173,6 +186,7 @@ class KernelDataPlane:
             indexes = self.devices.create()
             self._load(indexes)
             self._raw = RawSocket(self._object.program_fd("serval_control"))
+            self.encapsulation = Encapsulation(self._object.program_fd("serval_outer"))
             self.icmp_errors = IcmpErrors()
             self.too_big = TooBigMessages()
             self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
@@ -236,6 +250,7 @@ class KernelDataPlane:
         self.neighbours.close()
         self._inject.close()
         self._raw.close()
+        self.encapsulation.close()
         self.native_ports.close()
         self.icmp_errors.close()
         self.too_big.close()
@@ -335,7 +350,12 @@ class KernelDataPlane:
             self._settings.peer_timeout_s,
         )
         slot = self._slots.popleft()
-        complete = not flow.peer_is_ours or self._needs_checksum.get(path.interface_index, True)
+        # The checksum of the encapsulation relies on that of the segment.
+        complete = (
+            not flow.peer_is_ours
+            or flow.outer_ports is not None
+            or self._needs_checksum.get(path.interface_index, True)
+        )
         flags = FLOW_COMPLETE_CHECKSUM if complete else 0
         neighbour = self.neighbours.use(flow_id, (path.interface_index, path.next_hop))
         macs = self._macs(neighbour, path.interface_index)
@@ -395,6 +415,9 @@ class KernelDataPlane:
         features = self._features_of.get(flow_id)
         if features is None or not features.peer_is_ours or self._needs_checksum.get(index, True):
             flags |= FLOW_COMPLETE_CHECKSUM
+        if moved.outer_ports is not None:
+            flags = (flags | FLOW_COMPLETE_CHECKSUM) & ~FLOW_NATIVE
+        entry[FLOW_OUTER_PORTS] = OUTER_PORTS.pack(*(moved.outer_ports or (0, 0)))
         entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
         entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
         entry[FLOW_PATH_NUMBER] = (int.from_bytes(entry[FLOW_PATH_NUMBER], "big") + 1).to_bytes(4, "big")
@@ -403,7 +426,8 @@ class KernelDataPlane:
         if seen is not None and seen.receive_next:
             if old_path is not None and old_path != (index, path.next_hop):
                 self.neighbours.give_up(old_path)
-            self._resume(flow_id, seen, moved.mtu_bytes)
+            outer_bytes = 0 if moved.outer_ports is None else OUTER_UDP_BYTES
+            self._resume(flow_id, seen, moved.mtu_bytes - outer_bytes)
         return True
 
     def _resume(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
@@ -417,8 +441,10 @@ class KernelDataPlane:
     def limit_segments(self, flow_id: FlowID, mtu_bytes: int) -> None:
         """The path of a flow carries IP packets of `mtu_bytes`: the kernel socket is to send none that are larger."""
         seen = self.look(flow_id)
-        if seen is not None and seen.mss_bytes:
-            self._limit_segments(flow_id, seen, mtu_bytes)
+        value = self._flows.get(FLOW_KEY.pack(flow_id))
+        if seen is not None and seen.mss_bytes and value is not None:
+            outer_bytes = OUTER_UDP_BYTES if any(value[FLOW_OUTER_PORTS]) else 0
+            self._limit_segments(flow_id, seen, mtu_bytes - outer_bytes)
 
     def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
         features = self._features_of.get(flow_id)
@@ -533,12 +559,12 @@ class KernelDataPlane:
     def event_fd(self) -> int:
         return self._events.fd
 
-    def take_events(self) -> list[tuple[FlowID, FlowEvent]]:
+    def take_events(self) -> list[Noticed]:
         """Flow events since the last call, oldest first."""
         found = []
         for sample in self._events.take():
-            flow_id, kind = EVENT.unpack(sample)
-            found.append((FlowID(flow_id), FlowEvent(int.from_bytes(kind, "little"))))
+            flow_id, kind, address, port = EVENT.unpack(sample)
+            found.append(Noticed(FlowID(flow_id), FlowEvent(int.from_bytes(kind, "little")), address, port))
         return found
 
     def flow_counters(self, flow_id: FlowID) -> FlowCounters:

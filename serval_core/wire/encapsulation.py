@@ -7,32 +7,41 @@ those of the sender's view of the addresses, so behind a NAT only the outer one 
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from serval_core.wire import ipv4
 from serval_core.wire.checksum import internet_checksum
+from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
+from serval_core.wire.sal import PROTOCOL_SAL
 
 PROTOCOL_UDP = 17
+HEADER_BYTES = 8
 CLIENT_PORT = 54324
 SERVER_PORT = 54325
+PORTS = (CLIENT_PORT, SERVER_PORT)
+ACTIVE_PORTS = OuterPorts(CLIENT_PORT, SERVER_PORT)
+"""What whoever speaks first sends from and to."""
 
 _HEADER = Struct("!HHHH")
 
 
-class OuterPorts(NamedTuple):
-    """The UDP ports of the encapsulation, in host order: ours, and the peer's as it is seen from here."""
-
-    local: int
-    peer: int
-
-
-ACTIVE_PORTS = OuterPorts(CLIENT_PORT, SERVER_PORT)
-"""What a SYN goes from and to."""
-
-
-def emit(source: int, destination: int, ports: OuterPorts, payload: bytes) -> bytes:
-    """The IPv4 packet that carries a SAL packet to the peer."""
-    length_bytes = _HEADER.size + len(payload)
+def emit(
+    source: int, destination: int, ports: OuterPorts | None, payload: bytes, ttl: int = ipv4.DEFAULT_TTL
+) -> bytes:
+    """The IPv4 packet that carries a SAL packet, inside UDP if there are ports for it."""
+    if ports is None:
+        return ipv4.emit(source, destination, PROTOCOL_SAL, payload, ttl)
+    length_bytes = HEADER_BYTES + len(payload)
     header = _HEADER.pack(ports.local, ports.peer, length_bytes, 0)
-    checksum = internet_checksum(header + payload, source + destination + PROTOCOL_UDP + length_bytes) or 0xFFFF
-    return ipv4.emit(source, destination, PROTOCOL_UDP, header[:6] + checksum.to_bytes(2, "big") + payload)
+    pseudo_header = source + destination + PROTOCOL_UDP + length_bytes
+    checksum = internet_checksum(header + payload, pseudo_header) or 0xFFFF
+    return ipv4.emit(source, destination, PROTOCOL_UDP, header[:6] + checksum.to_bytes(2, "big") + payload, ttl)
+
+
+def answer(packet: IPv4Packet, payload: bytes) -> bytes:
+    """The IPv4 packet that carries a SAL packet back to where `packet` came from, in the same way."""
+    return emit(packet.destination, packet.source, packet.outer_ports, payload)
+
+
+def payload_of(packet: bytes) -> bytes:
+    """The SAL packet in an IPv4 packet that `emit` made."""
+    return packet[ipv4.HEADER_BYTES + (HEADER_BYTES if packet[9] == PROTOCOL_UDP else 0) :]

@@ -32,8 +32,18 @@ REASONS = frozenset({TRUNCATED, WRONG_VERSION, HEADER_LENGTH, TOTAL_LENGTH, WRON
 _HEADER = Struct("!BBHHHBBHII")
 
 
+class OuterPorts(NamedTuple):
+    """The ports of UDP encapsulation (SPEC 8): ours, and the peer's as it is seen from here."""
+
+    local: int
+    peer: int
+
+
 class IPv4Packet(NamedTuple):
-    """One packet. `flags_fragment` is the 16-bit field of flags and fragment offset (in units of 8 bytes)."""
+    """One packet. `flags_fragment` is the 16-bit field of flags and fragment offset (in units of 8 bytes).
+
+    With `outer_ports` the payload came inside UDP, whose header is gone.
+    """
 
     source: int
     destination: int
@@ -43,6 +53,7 @@ class IPv4Packet(NamedTuple):
     flags_fragment: int
     tos: int
     payload: bytes
+    outer_ports: OuterPorts | None = None
 
     @property
     def is_fragment(self) -> bool:

@@ -9,6 +9,9 @@
 #define ETHERNET_BYTES 14
 #define IPV4_BYTES 20
 #define TCP_BYTES 20
+#define UDP_BYTES 8
+#define ENCAPSULATION_CLIENT_PORT 54324 /* SPEC 8 */
+#define ENCAPSULATION_SERVER_PORT 54325
 #define IP_FRAGMENT_MASK 0x3fff /* more-fragments bit and offset */
 
 #define TCP_FLAG_FIN 0x01
@@ -24,11 +27,14 @@
 
 /* In the mark, beside the number of the interface: serval_insert has to ask the kernel for the next hop's address */
 #define MARK_NEIGHBOUR_UNKNOWN 0x80000000
+#define MARK_ENCAPSULATED 0x40000000 /* the frame that waits is an encapsulated one */
+#define MARK_IFINDEX 0x3fffffff
 
 /* struct flow_event: kind */
 #define EVENT_FIN_ACKNOWLEDGED 1
 #define EVENT_RESET_SENT 2
 #define EVENT_NATIVE_DOUBTED 3 /* native data had to be repeated before any has got through */
+#define EVENT_PEER_SEEN 5 /* an encapsulated peer sends from another address or port than we send to */
 #define EVENT_NATIVE_PROVED 4  /* native data has got through after all, or FLOW_TELL_PROOF asked for it */
 
 #define MAX_FLOWS 65536

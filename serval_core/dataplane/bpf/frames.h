@@ -4,6 +4,7 @@
 
 #include <linux/if_ether.h>
 #include <linux/ip.h>
+#include <linux/udp.h>
 #include "structs.h"
 
 /* On the wire. */
@@ -18,4 +19,19 @@ struct waiting_frame {
 	struct ethhdr ethernet;
 	struct sal_header sal;
 	struct iphdr ip; /* protocol TCP, its length that of the segment */
+} __attribute__((packed));
+
+/* The same with UDP encapsulation. */
+struct encapsulated_wire_frame {
+	struct ethhdr ethernet;
+	struct iphdr ip; /* protocol UDP */
+	struct udphdr udp;
+	struct sal_header sal;
+} __attribute__((packed));
+
+struct encapsulated_waiting_frame {
+	struct ethhdr ethernet;
+	struct udphdr udp; /* ports only */
+	struct sal_header sal;
+	struct iphdr ip;
 } __attribute__((packed));

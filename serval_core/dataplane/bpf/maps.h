@@ -74,10 +74,15 @@ static __always_inline int drop(__u32 reason)
 	return TC_ACT_SHOT;
 }
 
-static __always_inline void tell(__be32 flow, __u32 kind)
+static __always_inline void tell_of_address(__be32 flow, __u32 kind, __be32 address, __be16 port)
 {
-	struct flow_event event = { .flow = flow, .kind = kind };
+	struct flow_event event = { .flow = flow, .kind = kind, .address = address, .port = port };
 
 	if (bpf_ringbuf_output(&flow_events, &event, sizeof(event), 0))
 		count_drop(LOST_EVENT);
+}
+
+static __always_inline void tell(__be32 flow, __u32 kind)
+{
+	tell_of_address(flow, kind, 0, 0);
 }

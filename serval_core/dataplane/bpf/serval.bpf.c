@@ -24,6 +24,7 @@
 #include "checksum.h"
 #include "frames.h"
 #include "native.h"
+#include "encapsulation.h"
 
 /* The flags byte of a TCP header. */
 static __always_inline __u8 tcp_flags(const struct tcphdr *tcp)
@@ -134,7 +135,8 @@ int serval_out(struct __sk_buff *skb)
 		__sync_fetch_and_add(&state->out.bytes, wire_bytes);
 		return send_native(skb, flow, ip, tcp);
 	}
-	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * SAL_HEADER_BYTES);
+	__u32 outer_bytes = flow->outer_local_port ? UDP_BYTES : 0;
+	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * (outer_bytes + SAL_HEADER_BYTES));
 
 	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
 	__be32 ports = *(__be32 *)tcp;
@@ -149,17 +151,27 @@ int serval_out(struct __sk_buff *skb)
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, ports, 0, 4);
 	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
 
-	if (bpf_skb_change_head(skb, SAL_HEADER_BYTES, 0))
+	if (bpf_skb_change_head(skb, outer_bytes + SAL_HEADER_BYTES, 0))
 		return drop(DROP_OUT_HEADROOM);
-	struct waiting_frame *waiting = (void *)(long)skb->data;
-	if ((void *)(waiting + 1) > (void *)(long)skb->data_end)
+	struct ethhdr *ethernet = (void *)(long)skb->data;
+	if ((void *)ethernet + sizeof(struct encapsulated_waiting_frame) > (void *)(long)skb->data_end)
 		return drop(DROP_OUT_HEADROOM);
 	/* Zeros unless FLOW_NEIGHBOUR_KNOWN. */
-	__builtin_memcpy(waiting->ethernet.h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
-	__builtin_memcpy(waiting->ethernet.h_source, flow->own_mac, sizeof(flow->own_mac));
-	waiting->ethernet.h_proto = bpf_htons(ETH_P_IP);
-	waiting->sal = flow->header_out;
-	skb->mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
+	__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
+	__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
+	ethernet->h_proto = bpf_htons(ETH_P_IP);
+	__u32 mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
+	if (outer_bytes) {
+		struct encapsulated_waiting_frame *encapsulated = (void *)ethernet;
+
+		encapsulated->udp.source = flow->outer_local_port;
+		encapsulated->udp.dest = flow->outer_peer_port;
+		encapsulated->sal = flow->header_out;
+		mark |= MARK_ENCAPSULATED;
+	} else {
+		((struct waiting_frame *)ethernet)->sal = flow->header_out;
+	}
+	skb->mark = mark;
 
 	/* Both are loaded, or the compiler would choose between their addresses, which the verifier allows root only. */
 	__u32 finishing = virtual_network.checksum_ifindex, plain = virtual_network.segmenter_ifindex;
@@ -176,24 +188,31 @@ int serval_insert(struct __sk_buff *skb)
 {
 	struct waiting_frame *waiting = (void *)(long)skb->data;
 	__u32 mark = skb->mark;
+	__be32 id;
 
 	if (!mark || (void *)(waiting + 1) > (void *)(long)skb->data_end)
 		return drop(DROP_OUT_NOT_A_FLOW);
+	if (mark & MARK_ENCAPSULATED) {
+		id = insert_outer(skb);
+		if (!id)
+			return drop(DROP_OUT_NOT_A_FLOW);
+	} else {
+		struct sal_header sal = waiting->sal;
+		struct iphdr ip = waiting->ip;
+		struct wire_frame *wire = (void *)waiting;
 
-	struct sal_header sal = waiting->sal;
-	struct iphdr ip = waiting->ip;
-	struct wire_frame *wire = (void *)waiting;
-
-	ip.protocol = IPPROTO_SAL;
-	ip.tot_len = bpf_htons(bpf_ntohs(ip.tot_len) + SAL_HEADER_BYTES);
-	ip.check = ~fold((__u16)~ip.check + bpf_htons(SAL_HEADER_BYTES) + bpf_htons(IPPROTO_SAL - IPPROTO_TCP));
-	wire->ip = ip;
-	wire->sal = sal;
+		ip.protocol = IPPROTO_SAL;
+		ip.tot_len = bpf_htons(bpf_ntohs(ip.tot_len) + SAL_HEADER_BYTES);
+		ip.check = ~fold((__u16)~ip.check + bpf_htons(SAL_HEADER_BYTES) + bpf_htons(IPPROTO_SAL - IPPROTO_TCP));
+		wire->ip = ip;
+		wire->sal = sal;
+		id = sal.source_flow;
+	}
 	skb->mark = 0;
 	if (!(mark & MARK_NEIGHBOUR_UNKNOWN))
-		return bpf_redirect(mark, 0);
+		return bpf_redirect(mark & MARK_IFINDEX, 0);
 
-	struct flow *flow = bpf_map_lookup_elem(&flows, &sal.source_flow);
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
 	if (!flow)
 		return drop(DROP_OUT_NOT_A_FLOW);
 	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
@@ -208,10 +227,9 @@ int serval_insert(struct __sk_buff *skb)
  * TCP on the ingress of an interface: what comes to a native port of a flow goes to its socket as it is, superpackets included.
  * What comes to such a port otherwise is dropped, or the kernel would answer it with an RST.
  */
-static __always_inline int receive_native(struct __sk_buff *skb)
+static __always_inline int receive_native(struct __sk_buff *skb, void *data, void *end)
 {
 	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES;
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
 	if (data + needed > end) {
 		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
@@ -261,6 +279,98 @@ static __always_inline int receive_native(struct __sk_buff *skb)
 	return bpf_redirect(virtual_network.anchor_ifindex, BPF_F_INGRESS);
 }
 
+/*
+ * Data behind a SAL header on the ingress of an interface: that of known flows goes to its socket. `outer_bytes` of UDP header come
+ * before the SAL header.
+ */
+static __always_inline int receive_behind_header(struct __sk_buff *skb, void *data, void *end, const __u32 outer_bytes)
+{
+	const __u32 header_bytes = outer_bytes + SAL_HEADER_BYTES;
+	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + header_bytes + TCP_BYTES;
+
+	if (data + needed > end) {
+		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
+			return TC_ACT_UNSPEC;
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+		if (data + needed > end)
+			return TC_ACT_UNSPEC;
+	}
+	struct iphdr *ip = data + ETHERNET_BYTES;
+	struct sal_header *sal = data + ETHERNET_BYTES + IPV4_BYTES + outer_bytes;
+	if (sal->length_words != SAL_HEADER_WORDS || sal->protocol != IPPROTO_TCP)
+		return TC_ACT_UNSPEC; /* control, or not ours: user space's business */
+
+	__be32 id = sal->destination_flow;
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	if (!flow || (flow->flags & FLOW_EXPECTED))
+		return TC_ACT_UNSPEC;
+	/* All 12 bytes are known in advance, checksum included: anything else is forged or damaged. */
+	if (sal->source_flow != flow->header_in.source_flow || sal->checksum != flow->header_in.checksum)
+		return drop(DROP_IN_WRONG_HEADER);
+	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
+	if (!state)
+		return drop(DROP_IN_WRONG_HEADER);
+
+	__u32 length = bpf_ntohs(ip->tot_len), translated = 0;
+	if (length < IPV4_BYTES + header_bytes + TCP_BYTES)
+		return drop(DROP_IN_TRUNCATED);
+	if (outer_bytes) {
+		struct udphdr *udp = data + ETHERNET_BYTES + IPV4_BYTES;
+
+		if (bpf_ntohs(udp->len) != length - IPV4_BYTES)
+			return drop(DROP_IN_TRUNCATED);
+		translated = translation_difference(ip, udp, length - IPV4_BYTES - header_bytes);
+		note_source(id, flow, state, ip->saddr, udp->source);
+	}
+	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES + header_bytes;
+	if ((flow->flags & FLOW_NATIVE) && state->peer_in_sal < NATIVE_FOLLOW &&
+	    length > IPV4_BYTES + header_bytes + tcp->doff * 4)
+		state->peer_in_sal++;
+	note_arrival(id, flow, state, tcp, length);
+
+	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
+	__be32 local = virtual_network.local_address;
+	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local) + translated;
+	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
+
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	if (bpf_skb_adjust_room(skb, -(__s32)header_bytes, BPF_ADJ_ROOM_NET,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
+		return drop(DROP_IN_STRIP_FAILED);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	if (data + ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES > end)
+		return drop(DROP_IN_STRIP_FAILED);
+
+	struct ethhdr *ethernet = data;
+	ip = data + ETHERNET_BYTES;
+	tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+	ip->protocol = IPPROTO_TCP;
+	ip->saddr = remote;
+	ip->daddr = local;
+	ip->tot_len = bpf_htons(length - header_bytes);
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = new_ports;
+	address_to_anchor(ethernet);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
+	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);
+}
+
+/* UDP on the ingress of an interface: encapsulated data. All else goes to the sockets that have the port. */
+static __always_inline int receive_encapsulated(struct __sk_buff *skb, void *data, void *end)
+{
+	struct udphdr udp;
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES + IPV4_BYTES, &udp, sizeof(udp)))
+		return TC_ACT_UNSPEC;
+	if (udp.dest != bpf_htons(ENCAPSULATION_CLIENT_PORT) && udp.dest != bpf_htons(ENCAPSULATION_SERVER_PORT))
+		return TC_ACT_UNSPEC;
+	return receive_behind_header(skb, data, end, UDP_BYTES);
+}
+
 /* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */
 SEC("tc")
 int serval_in(struct __sk_buff *skb)
@@ -286,71 +396,28 @@ int serval_in(struct __sk_buff *skb)
 	if (ip->ihl != 5 || (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
 		return TC_ACT_UNSPEC;
 	if (ip->protocol == IPPROTO_TCP)
-		return receive_native(skb);
-	if (ip->protocol != IPPROTO_SAL)
-		return TC_ACT_UNSPEC;
+		return receive_native(skb, data, end);
+	if (ip->protocol == IPPROTO_SAL)
+		return receive_behind_header(skb, data, end, 0);
+	if (ip->protocol == IPPROTO_UDP)
+		return receive_encapsulated(skb, data, end);
+	return TC_ACT_UNSPEC;
+}
 
-	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES;
-	if (data + needed > end) {
-		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
-			return TC_ACT_UNSPEC;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-		ip = data + ETHERNET_BYTES;
-		if (data + needed > end)
-			return TC_ACT_UNSPEC;
-	}
-	struct sal_header *sal = data + ETHERNET_BYTES + IPV4_BYTES;
-	if (sal->length_words != SAL_HEADER_WORDS || sal->protocol != IPPROTO_TCP)
-		return TC_ACT_UNSPEC; /* control, or not ours: the raw socket's business */
+/* What a filter lets through to user space. */
+static __always_inline int passes_up(struct __sk_buff *skb, __u32 sal_at)
+{
+	struct sal_header sal;
 
-	__be32 id = sal->destination_flow;
-	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
-	if (!flow || (flow->flags & FLOW_EXPECTED))
-		return TC_ACT_UNSPEC;
-	/* All 12 bytes are known in advance, checksum included: anything else is forged or damaged. */
-	if (sal->source_flow != flow->header_in.source_flow || sal->checksum != flow->header_in.checksum)
-		return drop(DROP_IN_WRONG_HEADER);
-	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
-	if (!state)
-		return drop(DROP_IN_WRONG_HEADER);
-
-	__u32 length = bpf_ntohs(ip->tot_len);
-	if (length < IPV4_BYTES + SAL_HEADER_BYTES + TCP_BYTES)
-		return drop(DROP_IN_TRUNCATED);
-	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES + SAL_HEADER_BYTES;
-	if ((flow->flags & FLOW_NATIVE) && state->peer_in_sal < NATIVE_FOLLOW &&
-	    length > IPV4_BYTES + SAL_HEADER_BYTES + tcp->doff * 4)
-		state->peer_in_sal++;
-	note_arrival(id, flow, state, tcp, length);
-
-	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
-	__be32 local = virtual_network.local_address;
-	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local);
-	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
-
-	if (bpf_skb_adjust_room(skb, -SAL_HEADER_BYTES, BPF_ADJ_ROOM_NET,
-				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
-		return drop(DROP_IN_STRIP_FAILED);
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
-	if (data + ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES > end)
-		return drop(DROP_IN_STRIP_FAILED);
-
-	struct ethhdr *ethernet = data;
-	ip = data + ETHERNET_BYTES;
-	tcp = data + ETHERNET_BYTES + IPV4_BYTES;
-	ip->protocol = IPPROTO_TCP;
-	ip->saddr = remote;
-	ip->daddr = local;
-	ip->tot_len = bpf_htons(length - SAL_HEADER_BYTES);
-	ip->check = 0;
-	ip->check = ipv4_checksum(ip);
-	*(__be32 *)tcp = new_ports;
-	address_to_anchor(ethernet);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
-	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);
+	if (bpf_skb_load_bytes(skb, sal_at, &sal, sizeof(sal)))
+		return skb->len; /* too short to be valid: user space counts it with its reason */
+	if (sal.length_words != SAL_HEADER_WORDS)
+		return skb->len;
+	__be32 id = sal.destination_flow;
+	if (bpf_map_lookup_elem(&flows, &id))
+		return skb->len;
+	count_drop(DROP_IN_UNKNOWN_FLOW);
+	return 0;
 }
 
 /*
@@ -361,23 +428,19 @@ SEC("socket")
 int serval_control(struct __sk_buff *skb)
 {
 	__u8 first_byte;
-	__u32 header_bytes;
-	struct sal_header sal;
 
 	if (skb->pkt_type == PACKET_LOOPBACK)
 		return 0; /* the copy of our own broadcast; a listener of this stack is found by its DEMUX rule */
 	if (bpf_skb_load_bytes(skb, 0, &first_byte, 1))
 		return 0;
-	header_bytes = (first_byte & 0xf) * 4;
-	if (bpf_skb_load_bytes(skb, header_bytes, &sal, sizeof(sal)))
-		return skb->len; /* too short to be valid: user space counts it with its reason */
-	if (sal.length_words != SAL_HEADER_WORDS)
-		return skb->len;
-	__be32 id = sal.destination_flow;
-	if (bpf_map_lookup_elem(&flows, &id))
-		return skb->len;
-	count_drop(DROP_IN_UNKNOWN_FLOW);
-	return 0;
+	return passes_up(skb, (first_byte & 0xf) * 4);
+}
+
+/* The same for the sockets of the UDP encapsulation, where data starts at the UDP header. */
+SEC("socket")
+int serval_outer(struct __sk_buff *skb)
+{
+	return skb->pkt_type == PACKET_LOOPBACK ? 0 : passes_up(skb, UDP_BYTES);
 }
 
 /*

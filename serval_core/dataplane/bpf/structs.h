@@ -76,7 +76,9 @@ struct flow_state {
 	__u8 fin_received;
 	__u8 native_proved; /* native data of ours has got through */
 	__u8 peer_in_sal;   /* how many data segments in a row the peer has sent in framing sal, at most NATIVE_FOLLOW */
-	__u8 padding_in[44];
+	__be32 seen_address; /* where an encapsulated peer was told to be */
+	__be16 seen_port;
+	__u8 padding_in[38];
 };
 
 /* What serval_look finds. Sequence numbers in host order; zero for a socket in TIME_WAIT. */
@@ -91,4 +93,7 @@ struct socket_state {
 struct flow_event {
 	__be32 flow;
 	__u32 kind;
+	__be32 address; /* of EVENT_PEER_SEEN */
+	__be16 port;
+	__u16 padding;
 };

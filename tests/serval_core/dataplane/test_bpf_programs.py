@@ -274,7 +274,7 @@ def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> Non
     acknowledged = 14 + 20 + 12 + 8
     for acknowledgement in (1005, 1007, 1006, 1006):
         programs.test_run("serval_in", changed(wire, acknowledged, struct.pack("!I", acknowledgement)))
-    assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 1))]
+    assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 1), 0, 0)]
     state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
     assert state[11:13] == (4, 4 * (len(wire) - 14))
 
@@ -287,7 +287,7 @@ def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> N
             programs.test_run("serval_out", from_socket(OUR_FLOW, flags=tcp_segment.RST, payload=b""))[0]
             == TC_REDIRECT
         )
-    assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 2))]
+    assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 2), 0, 0)]
 
 
 def test_reset_after_both_fins_stays_here(programs: BpfObject) -> None:
