@@ -20,6 +20,10 @@ Origin = Literal["connect", "datagram", "forwarded"]
 """Whose the waiting thing is: a connect of ours, a datagram of ours, or a packet of others."""
 
 
+# Of so many places one is kept free of packets of others, which anybody can send.
+_RESERVED_ONE_OF = 4
+
+
 class Parked:
     """One that waits. `resume(now)` and `end(reason, now)` are called at most once, and only one of them."""
 
@@ -40,12 +44,15 @@ class Parked:
 
 
 class DelayQueue:
-    """What waits in one stack: at most `limit`, each at most `timeout_s` seconds. `notify(kind, fields)` gets
-    the news, of the kinds delayed, delay_released and delay_dropped (`service_events`).
+    """What waits in one stack: at most `limit`, of packets of others three quarters of that, each at most
+    `timeout_s` seconds. `notify(kind, fields)` gets the news, of the kinds delayed, delay_released and
+    delay_dropped (`service_events`).
     """
 
     __slots__ = (
         "_count",
+        "_forwarded",
+        "_forwarded_limit",
         "_limit",
         "_notify",
         "_releasing",
@@ -63,7 +70,9 @@ class DelayQueue:
         notify: Callable[[str, dict[str, object]], None],
     ) -> None:
         self._count = 0
+        self._forwarded = 0
         self._limit = limit
+        self._forwarded_limit = limit - limit // _RESERVED_ONE_OF
         self._timeout_s = timeout_s
         self._timers = timers
         self._notify = notify
@@ -101,13 +110,15 @@ class DelayQueue:
         if self._releasing:
             self._dropped("still_delayed", service_id, 1)
             return None
-        if self._count >= self._limit:
+        forwarded = origin == "forwarded"
+        if self._count >= self._limit or (forwarded and self._forwarded >= self._forwarded_limit):
             self._dropped("full", service_id, 1)
             return None
         parked = Parked(service_id, origin, resume, end)
         waiting = self._waiting.setdefault(service_id, {})
         waiting[parked] = None
         self._count += 1
+        self._forwarded += forwarded
         parked.timer = self._timers.start(now + self._timeout_s, self._too_old, parked)
         self.counters["parked"] += 1
         if len(waiting) == 1:
@@ -126,7 +137,7 @@ class DelayQueue:
             return
         self._timers.cancel(parked.timer)
         del waiting[parked]
-        self._count -= 1
+        self._gone(parked)
         if not waiting:
             del self._waiting[parked.service_id]
 
@@ -158,10 +169,14 @@ class DelayQueue:
         covered = [service_id for service_id in self._waiting if prefix.covers(service_id)]
         taken = {service_id: self._waiting.pop(service_id) for service_id in covered}
         for waiting in taken.values():
-            self._count -= len(waiting)
             for parked in waiting:
                 self._timers.cancel(parked.timer)
+                self._gone(parked)
         return taken
+
+    def _gone(self, parked: Parked) -> None:
+        self._count -= 1
+        self._forwarded -= parked.origin == "forwarded"
 
     def _too_old(self, parked: Parked, now: float) -> None:
         self.withdraw(parked)

@@ -201,6 +201,11 @@ class ServiceTable:
         self._count(entry, target, packet_bytes)
         return target
 
+    def listener_of(self, service_id: ServiceID) -> int:
+        """Which listener packets for `service_id` would get to, 0 for none. Counts nothing."""
+        entry = self._local.longest_match(service_id)
+        return 0 if entry is None or entry.demux is None else entry.demux.listener_id
+
     def explain(self, service_id: ServiceID, now: float | None = None) -> dict[str, object]:
         """What `resolve` would answer, and why, as numbers and texts; see `service_explanation`."""
         return explain(service_id, list(self._entries.matches(service_id)), now)

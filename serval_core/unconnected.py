@@ -138,7 +138,7 @@ class Unconnected:
         It comes from `source`, by default the endpoint's serviceID. Returns 0, or the errno that says why it
         goes nowhere: EADDRNOTAVAIL (no rule), EHOSTUNREACH (DROP rule, or no path), ENOSPC (a DELAY rule, and
         the queue is full). OurMistake for payloads of a wrong size (PayloadSize), unknown endpoints, and a
-        source that the endpoint does not cover.
+        source that the endpoint does not cover, or another one covers more closely.
         """
         endpoint = self._endpoint(endpoint_id)
         check_payload(payload, PAYLOAD_BYTES_MAX)
@@ -146,6 +146,8 @@ class Unconnected:
             source = endpoint.prefix.service_id
         elif not endpoint.prefix.covers(source):
             raise OurMistake(f"{source.text} is not covered by {endpoint.prefix}, which the endpoint is bound to")
+        elif self._core.table.listener_of(source) != endpoint_id:
+            raise OurMistake(f"{source.text} is bound by another, who would get the answers")
         services = destination, source
         if address:
             return self._transmit(endpoint, payload, services, ways_to(self._core.paths, address), EHOSTUNREACH)

@@ -6,7 +6,7 @@ from errno import EHOSTUNREACH, ENOSPC, ETIMEDOUT
 
 import pytest
 
-from serval_core.delay_queue import DelayQueue
+from serval_core.delay_queue import DelayQueue, Origin
 from serval_core.effects import ConnectFailed, Happened
 from serval_core.names import DEFAULT_PREFIX, ServiceID, ServicePrefix
 from serval_core.rules import Rule, RuleType
@@ -29,10 +29,12 @@ class Waiting:
             limit, timeout_s, self.timers, lambda kind, fields: self.events.append((kind, fields))
         )
 
-    def park(self, name: str, service_id: ServiceID = ONE, now: float = 0.0) -> bool:
+    def park(
+        self, name: str, service_id: ServiceID = ONE, now: float = 0.0, origin: Origin = "datagram"
+    ) -> bool:
         parked = self.queue.park(
             service_id,
-            "datagram",
+            origin,
             lambda now: self.outcomes.append((name, "resumed")),
             lambda reason, now: self.outcomes.append((name, reason)),
             now,
@@ -43,6 +45,20 @@ class Waiting:
         kinds = [kind for kind, _ in self.events]
         self.events.clear()
         return kinds
+
+
+def test_packets_of_others_leave_room_for_our_own() -> None:
+    """Anybody can send packets through a service router; its own connects still wait for their services."""
+    waiting = Waiting(limit=8)
+    parked = [waiting.park(f"forwarded {number}", origin="forwarded") for number in range(10)]
+    assert parked == [True] * 6 + [False] * 4
+    assert waiting.queue.counters["dropped_full"] == 4
+    assert [waiting.park("own", TWO) for _ in range(3)] == [True, True, False]
+    waiting.queue.release(ServicePrefix.of(ONE), 1.0)
+    assert [waiting.park("later", origin="forwarded") for _ in range(7)] == [True] * 6 + [False]
+    waiting.timers.run(100.0)
+    assert len(waiting.queue) == 0
+    assert [waiting.park("at last", origin="forwarded") for _ in range(7)] == [True] * 6 + [False]
 
 
 def test_only_the_first_to_wait_for_a_service_is_announced() -> None:

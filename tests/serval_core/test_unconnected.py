@@ -203,6 +203,20 @@ def test_a_prefix_speaks_for_its_services_only() -> None:
         send(host, endpoint, b"x", SERVICE_ID, source=CLIENT_ID)
 
 
+def test_nobody_speaks_for_a_service_that_another_has_bound() -> None:
+    """Or who has a prefix could register and unregister in the name of the stack's own control service."""
+    host = LoneHost()
+    host.forward(REMOTE)
+    wide, narrow = (host.sal.bind_datagrams(parse_service(each)) for each in ("0xabcd:16", "0xabcd01"))
+    member = parse_service("0xabcd01").service_id
+    with pytest.raises(OurMistake, match="bound by another"):
+        send(host, wide, b"x", SERVICE_ID, source=member)
+    send(host, narrow, b"x", SERVICE_ID, source=member)
+    host.sal.close_datagrams(narrow.endpoint_id)
+    send(host, wide, b"x", SERVICE_ID, source=member)
+    assert [packet.sal.services[1] for packet in host.packets()] == [member, member]
+
+
 @pytest.mark.parametrize(("size", "errno"), [(0, EINVAL), (PAYLOAD_BYTES_MAX + 1, EMSGSIZE)])
 def test_sizes_that_no_datagram_has(size: int, errno: int) -> None:
     host = LoneHost()
