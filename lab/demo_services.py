@@ -326,7 +326,7 @@ def report(seen: Seen, duration_s: float) -> None:
 
 def acts_table(seen: Seen) -> Table:
     """One row for each act."""
-    table = Table(title="What clients saw", box=SIMPLE_HEAD)
+    table = Table(title="What clients saw", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for column in ("clients", "failed", *seen.weights, "median", "slowest"):
         table.add_column(column, justify="right", no_wrap=True)
