@@ -25,6 +25,8 @@ REPLAYED = "replayed"
 WRONG_SIGNATURE = "wrong_signature"
 
 _US = 1_000_000
+# Twice what routers tolerate: whoever believed something later than this had a wrong clock himself.
+_SET_BACK_AT_MOST_US = 120 * _US
 _NO_SIGNATURE = bytes(SIGNATURE_BYTES)
 
 
@@ -54,8 +56,11 @@ class Signer:
     def sign(self, message: Registration, offer: Offer, address: int, wall: float) -> bytes:
         """The whole payload, for a datagram that leaves from `address`. `wall`: seconds since 1970."""
         identity = self._identity(message.prefix)
-        # A clock that was set back must not make us look like a replay of ourselves.
-        self._timestamp_us = max(self._timestamp_us, int(wall * _US))
+        # A clock that was set back must not make us look like a replay of ourselves. But what was said in the far future
+        # was believed by nobody, and one wrong moment of the clock must not silence us until then.
+        now_us = int(wall * _US)
+        if now_us > self._timestamp_us or self._timestamp_us > now_us + _SET_BACK_AT_MOST_US:
+            self._timestamp_us = now_us
         self._counter = (self._counter + 1) & 0xFFFFFFFF
         if not self._counter:
             self._timestamp_us += 1
@@ -90,7 +95,7 @@ class Authenticator:
         if proof.timestamp_us > now_us + self._tolerance_us:
             return FROM_THE_FUTURE
         latest = self._latest.get(Signed(proof.public_key, source, prefix))
-        if latest is not None and proof.sequence <= latest:
+        if latest is not None and proof.sequence <= latest and self._protects(latest, now_us):
             return REPLAYED
         if not verify(proof.public_key, proof.signature, signed_part(payload)):
             return WRONG_SIGNATURE
@@ -111,10 +116,15 @@ class Authenticator:
         return len(self._latest)
 
     def _forget(self, wall: float) -> None:
-        """What is older than any message that would pass as fresh protects from nothing."""
-        horizon_us = int(wall * _US) - self._tolerance_us
+        now_us = int(wall * _US)
         while self._latest:
-            signed, sequence = next(iter(self._latest.items()))
-            if sequence.timestamp_us >= horizon_us:
+            signed, latest = next(iter(self._latest.items()))
+            if self._protects(latest, now_us):
                 return
             del self._latest[signed]
+
+    def _protects(self, latest: Moment, now_us: int) -> bool:
+        """Not what is older than any message that would pass as fresh, and not what is from the far future: that was
+        believed when our own clock was wrong, and says nothing about what comes now.
+        """
+        return now_us - self._tolerance_us <= latest.timestamp_us <= now_us + 2 * self._tolerance_us

@@ -167,6 +167,33 @@ def test_a_clock_that_is_set_back_does_not_make_a_host_a_replay_of_itself(signer
     assert router.rules() == {("76568", "10.0.0.1", 1, 2)}
 
 
+def test_a_clock_that_was_wrong_for_a_moment_does_not_silence_a_host_afterwards(signer: Signer) -> None:
+    """What it signed then nobody believes, or would believe again; it is not to go on with that time."""
+    host, router = Host(signer=signer), Router(SIGNED_ONLY)
+    host.clock_error_s = 86_400
+    host.offer()
+    router.receive(registration(host))
+    host.clock_error_s = 0
+    host.offer(weight=2)
+    router.receive(registration(host))
+    assert router.refusals() == {"from_the_future": 1}
+    assert router.rules() == {("76568", "10.0.0.1", 1, 2)}
+
+
+def test_clocks_that_were_wrong_together_do_not_silence_a_host_afterwards(signer: Signer) -> None:
+    host, router = Host(signer=signer), Router(SIGNED_ONLY)
+    host.clock_error_s = router.clock_error_s = 86_400
+    host.offer()
+    router.receive(registration(host))
+    host.clock_error_s = router.clock_error_s = 0
+    host.offer(weight=2)
+    payload = registration(host)
+    router.receive(payload)
+    assert router.rules() == {("76568", "10.0.0.1", 1, 2)}
+    router.receive(payload)
+    assert router.refusals() == {"replayed": 1}
+
+
 def test_what_would_not_pass_as_fresh_is_forgotten(identity: Identity) -> None:
     authenticator, signer = Authenticator(60.0), Signer([identity])
     host = Host(signer=signer)
