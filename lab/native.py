@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from lab.chain import TranslatorProcess
 from lab.hosts import Argument, Host
 from lab.traffic import PROJECT
 from lab.waiting import wait_for
+from serval_core import aio
 from serval_core.errors import ServalError
 from serval_core.stack_socket import StackSocketClient
 
@@ -63,6 +65,18 @@ def bound(host: Host, service: str) -> bool:
     return any(
         entry["prefix"] == service and any(target["type"] == "DEMUX" for target in entry["targets"]) for entry in entries
     )
+
+
+async def hold_many(service: str, count: int) -> None:
+    """So many connections to an echo service at once, each used; AssertionError if one gets another one's answer."""
+    streams = await asyncio.gather(*(aio.open_connection(service) for _ in range(count)))
+    for number, (_, writer) in enumerate(streams):
+        writer.write(number.to_bytes(4, "big"))
+    for number, (reader, _) in enumerate(streams):
+        if await reader.readexactly(4) != number.to_bytes(4, "big"):
+            raise AssertionError(f"connection {number} got another one's answer")
+    for _, writer in streams:
+        writer.close()
 
 
 def left_over(daemon: TranslatorProcess) -> dict[str, int]:

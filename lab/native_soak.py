@@ -1,4 +1,4 @@
-"""Does servald keep anything of many connections? `python -m lab.native_soak`: thousands one after the other, then a large file.
+"""Does servald keep anything of many connections? `python -m lab.native_soak`: thousands in turn, hundreds at once, a large file.
 
 Prints what each host's servald holds before and after, the rate, and the hashes of the file at both ends. Exit status 1 when
 anything is left or the hashes differ. Runs for a minute or two; needs root.
@@ -6,6 +6,7 @@ anything is left or the hashes differ. Runs for a minute or two; needs root.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -17,7 +18,7 @@ import click
 
 from lab.chain import TranslatorProcess
 from lab.hosts import Host, Lab
-from lab.native import SERVAL, left_over, running, serval_json, start_servald
+from lab.native import SERVAL, hold_many, left_over, running, serval_json, start_servald
 from lab.waiting import NeverHappened, wait_for
 from serval_core import sockets
 
@@ -54,9 +55,16 @@ def more_than(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
 
 def settled(daemon: TranslatorProcess, before: dict[str, int], timeout_s: float = 30.0) -> dict[str, int]:
     """What it holds when that is no more than before, or else when time is up."""
+    seen = holding(daemon)
+
+    def no_more() -> bool:
+        nonlocal seen
+        seen = holding(daemon)
+        return not more_than(before, seen)
+
     with contextlib.suppress(NeverHappened):
-        wait_for(lambda: not more_than(before, holding(daemon)), "no more than before", timeout_s)
-    return holding(daemon)
+        wait_for(no_more, "no more than before", timeout_s)
+    return seen
 
 
 def idle(daemon: TranslatorProcess) -> dict[str, int]:
@@ -85,8 +93,9 @@ def large_file(near: Host, far: Host, directory: Path, size_bytes: int) -> bool:
 
 @click.command()
 @click.option("--connections", default=10_000, show_default=True)
+@click.option("--at-once", default=500, show_default=True)
 @click.option("--file-mib", default=1024, show_default=True)
-def main(connections: int, file_mib: int) -> None:
+def main(connections: int, at_once: int, file_mib: int) -> None:
     """Run it."""
     with Lab() as lab:
         near, far = lab.host("near"), lab.host("far")
@@ -96,8 +105,11 @@ def main(connections: int, file_mib: int) -> None:
             one_after_the_other(near, WARM_UP)
             before = [idle(daemon) for daemon in daemons]
             rate = one_after_the_other(near, connections)
-            leaks = []
             print(f"{connections} connections one after the other: {rate:.0f} per second")
+            started = time.monotonic()
+            near.call(asyncio.run, hold_many(SERVICE, at_once))
+            print(f"{at_once} connections at once: {time.monotonic() - started:.2f} s to open, use and close all")
+            leaks = []
             for daemon, held in zip(daemons, before, strict=True):
                 after = settled(daemon, held)
                 print(f"{daemon.host.name}: before {held}\n{' ' * len(daemon.host.name)}  after  {after}")

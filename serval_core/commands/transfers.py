@@ -6,14 +6,15 @@ They speak nothing but the bytes of the file, so either end may as well be a pro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket as system
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import rich_click as click
 from rich.console import Console
@@ -28,12 +29,12 @@ from rich.progress import (
 )
 
 from serval_core import sockets
+from serval_core.commands.hashing import BUFFER_BYTES, Hashing
 from serval_core.commands.options import json_option, prefix_argument, service_argument
 from serval_core.config_file import Misconfigured
 from serval_core.sockets import ServalSocket
 from serval_core.tables import bytes_text, new_console, print_json
 
-CHUNK_BYTES = 1 << 20
 PROTOTYPE_SERVICE = "16385"  # SPEC 1.2.3: what the prototype's test tools use when nothing is said
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -94,41 +95,45 @@ def tcp_client(service: str, file: Path, address: str, as_json: bool) -> None:
     service_id = service_argument(service)
     try:
         # Opened before anything is connected: a wrong name must not reach the server as an empty file.
-        source = sys.stdin.buffer if str(file) == "-" else file.open("rb")
+        source = os.fdopen(os.dup(sys.stdin.fileno()), "rb") if str(file) == "-" else file.open("rb")
     except OSError as error:
         raise Misconfigured(f"--file {file}", error.strerror or str(error)) from None
     with source, sockets.create_connection((service_id, address)) as connection:
-        size = None if source is sys.stdin.buffer else os.fstat(source.fileno()).st_size
+        status = os.fstat(source.fileno())
+        size = status.st_size if stat.S_ISREG(status.st_mode) else None
         _print(send(connection, source, size), "", as_json)
 
 
-def send(connection: ServalSocket, source: BinaryIO, size_bytes: int | None = None) -> Transferred:
+def send(connection: ServalSocket, source: BufferedReader, size_bytes: int | None = None) -> Transferred:
     """Send all of `source` and wait until the peer has closed as well, i.e. has it all. OSError."""
-    digest, sent, started = hashlib.sha256(), 0, time.monotonic()
-    with _progress("sending", size_bytes) as advance:
-        while chunk := source.read(CHUNK_BYTES):
-            connection.sendall(chunk)
-            digest.update(chunk)
-            sent += len(chunk)
-            advance(len(chunk))
+    sent, started = 0, time.monotonic()
+    with _progress("sending", size_bytes) as advance, Hashing() as hashing:
+        while size := source.readinto(buffer := hashing.buffer()):
+            hashing.add(buffer, size)
+            connection.sendall(buffer[:size])
+            sent += size
+            advance(size)
         connection.shutdown(system.SHUT_WR)
-        while connection.recv(CHUNK_BYTES):
+        while connection.recv(BUFFER_BYTES):
             pass
-    return Transferred(sent, time.monotonic() - started, digest.hexdigest())
+    return Transferred(sent, time.monotonic() - started, hashing.hexdigest())
 
 
 def receive(connection: ServalSocket, file: Path | None) -> Transferred:
     """Receive to the end, into `file` if there is one. OSError."""
-    digest, received, started = hashlib.sha256(), 0, time.monotonic()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with file.open("wb") if file else contextlib.nullcontext() as target, _progress("receiving", None) as advance:
-        while size := connection.recv_into(buffer):
-            digest.update(buffer[:size])
+    received, started = 0, time.monotonic()
+    with (
+        file.open("wb") if file else contextlib.nullcontext() as target,
+        _progress("receiving", None) as advance,
+        Hashing() as hashing,
+    ):
+        while size := connection.recv_into(buffer := hashing.buffer()):
+            hashing.add(buffer, size)
             if target is not None:
                 target.write(buffer[:size])
             received += size
             advance(size)
-    return Transferred(received, time.monotonic() - started, digest.hexdigest())
+    return Transferred(received, time.monotonic() - started, hashing.hexdigest())
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from servald_site import Site
 
 from lab.chain import TranslatorProcess, kernel_traces
 from lab.hosts import Host, Lab
-from lab.native import SERVAL, SERVALD, bound, running, start_servald
+from lab.native import SERVAL, SERVALD, bound, hold_many, running, start_servald
 from lab.traffic import PROJECT
 from lab.waiting import wait_for
 from serval_core import aio
@@ -221,28 +221,17 @@ def test_started_by_the_service_manager(lab: Lab) -> None:
 
 
 
-async def hold_many(count: int) -> None:
-    """So many connections at once, each used."""
-    streams = await asyncio.gather(*(aio.open_connection(SERVICE) for _ in range(count)))
-    for number, (_, writer) in enumerate(streams):
-        writer.write(number.to_bytes(4, "big"))
-    for number, (reader, _) in enumerate(streams):
-        assert await reader.readexactly(4) == number.to_bytes(4, "big")
-    for _, writer in streams:
-        writer.close()
-
-
 def more_files(daemon: TranslatorProcess, before: dict[str, int]) -> bool:
     return any(count > before.get(kind, 0) for kind, count in daemon.descriptors().items())
 
 
 def test_500_connections_at_once_leave_nothing(site: Site) -> None:
     with running(site.far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE):
-        site.near.call(asyncio.run, hold_many(1))
+        site.near.call(asyncio.run, hold_many(SERVICE, 1))
         site.assert_nothing_left()
         daemons = site.near_daemon, site.far_daemon
         before = [daemon.descriptors() for daemon in daemons]
-        site.near.call(asyncio.run, hold_many(500))
+        site.near.call(asyncio.run, hold_many(SERVICE, 500))
         site.assert_nothing_left()
         for daemon, files in zip(daemons, before, strict=True):
             wait_for(lambda daemon=daemon, files=files: not more_files(daemon, files), "no descriptor is left")
