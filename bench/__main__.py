@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from bench import lpm, router
+from bench import lpm, migration, router
 from bench.machine import facts
 from bench.report import summarize, table, write_json, write_plot
 from bench.run import FAILURES, FULL, QUICK, run
@@ -64,12 +64,26 @@ def main() -> int:
                 results.failures.append(str(error))
             else:
                 others["service_router"] = routing._asdict()
+        with console.status("migration") as status:
+            rounds, moves = (
+                (migration.QUICK_ROUNDS, migration.QUICK_MOVES)
+                if arguments.quick
+                else (migration.ROUNDS, migration.MOVES)
+            )
+            try:
+                gaps = migration.measure(rounds, moves, lambda text: status.update(escape(text)))
+            except FAILURES as error:
+                results.failures.append(str(error))
+            else:
+                others["migration"] = gaps._asdict()
     summary = summarize(results)
     console.print(table(summary))
     if "service_table" in others:
         console.print(lpm.sentence(large))
     if "service_router" in others:
         console.print(router.sentence(routing))
+    if "migration" in others:
+        console.print(migration.sentence(gaps))
     for name, why in results.absent.items():
         console.print(f"absent: {name}: {why}")
     if results.idle_busy_share > BUSY_SHARE_MAX:

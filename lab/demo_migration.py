@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -31,10 +29,9 @@ from rich.table import Table
 from lab.arrivals import Arrivals
 from lab.chain import TranslatorProcess
 from lab.demonstration import Findings, console, end, run
-from lab.hosts import Argument, Lab
-from lab.migration_moves import VM_PAUSE_S, Download, Move, Scene, Side
+from lab.hosts import Lab
+from lab.migration_moves import VM_PAUSE_S, Download, Move, Scene, Server, Side
 from lab.migration_plots import Period, write_plot
-from lab.traffic import PROJECT
 from lab.two_ways import OTHER_ADDRESS, REVERSE_ADDRESSES, WAYS, TwoWays
 from lab.waiting import NeverHappened, wait_for
 
@@ -44,7 +41,7 @@ RATE = "1gbit"
 SHARED_S = 4.0  # how long two downloads share a wire, and how long they do not
 WARM_UP_S = 1.0
 TARGET_GAP_S = 0.020
-NO_MOVE, SERVER_BY_HAND, CLIENT_BY_HAND = "no move, for comparison", "server side, by hand", "client side, by hand"
+NO_MOVE, SERVER_BY_HAND, CLIENT_BY_HAND = "no move, to compare", "server, by hand", "client, by hand"
 NICENESS = -10  # what else runs on this machine makes gaps, too
 
 
@@ -70,21 +67,6 @@ class Seen(Findings):
     hashes: list[tuple[str, int, str, str]] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
     not_noted: int = 0
-
-
-class Server:
-    """The legacy service. It prints the hash of each download that has ended."""
-
-    def __init__(self, ways: TwoWays) -> None:
-        command: list[Argument] = [sys.executable, "-m", "lab.endless_stream", "serve", PORT]
-        self._process = ways.server.popen(command, cwd=PROJECT, stdout=subprocess.PIPE)
-        ways.server.wait_listening(PORT, self._process)
-
-    def sent(self) -> dict[str, Any]:
-        """What was sent to the client that has finished."""
-        assert self._process.stdout is not None
-        said: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return said
 
 
 def main(arguments: list[str] | None = None, plan: Plan = PLAN) -> int:
@@ -119,7 +101,7 @@ def demonstrate(lab: Lab, findings: Seen, plan: Plan, directory: Path) -> None:
     """Build the hosts, move downloads about, compare what was sent and received."""
     with console.status("five hosts, two translators"):
         ways = TwoWays(lab, {PORT: SERVICE})
-        server = Server(ways)
+        server = Server(ways, PORT)
         ways.far.shape(RATE)
         ways.start()
     console.print(
@@ -156,7 +138,7 @@ class Stage:
         period = Period(began, time.time(), {moved.at: "download 2 moves"})
         for way, scene, download in zip(WAYS, scenes, downloads, strict=True):
             self._findings.expect(scene.way(self._far) == way, f"a download is not on {way}, where it should be")
-            self._compare(f"one of two, at the end on {way}", download)
+            self._compare(f"one of two, to {way}", download)
         ports = {f"download {number}": download.port for number, download in enumerate(downloads, 1)}
         self._plot("two-flows.png", "Two downloads share an interface, then one moves to another", ports, period)
 
@@ -172,19 +154,19 @@ class Stage:
             go = partial(self._moves, progress)
             go(NO_MOVE, plan.by_hand, scene.still)
             go(SERVER_BY_HAND, plan.by_hand, lambda: scene.by_hand(far, other(scene.way(far))))
-            go("server side, wire cut", plan.lost, lambda: scene.lose(far))
-            go("server side, dead path", plan.silent, lambda: self._dead_path(scene))
+            go("server, wire cut", plan.lost, lambda: scene.lose(far))
+            go("server, dead path", plan.silent, lambda: self._dead_path(scene))
             if scene.way(far) != WAYS[0]:
                 scene.by_hand(far, WAYS[0])
             scene.alone(up=False)
-            self._as_virtual_machine(scene, download, partial(go, "server side, other subnet", plan.subnet))
+            self._as_virtual_machine(scene, download, partial(go, "server, other subnet", plan.subnet))
             scene.alone(up=True)
             go(CLIENT_BY_HAND, plan.client_by_hand, lambda: scene.by_hand(near, other(scene.way(near))))
-            go("client side, wire cut", plan.client_lost, lambda: scene.lose(near))
+            go("client, wire cut", plan.client_lost, lambda: scene.lose(near))
         moves = self._findings.moves
         moments = {move.at: kind for kind in moves if kind != NO_MOVE for move in moves[kind]}
         period = Period(began, time.time(), moments)
-        self._compare("the one that moved", download)
+        self._compare("moved all the time", download)
         self._plot("all-moves.png", "A download whose ends move all the time", {"download": download.port}, period)
 
     def _as_virtual_machine(self, scene: Scene, download: Download, go: Callable[[Callable[[], Move]], None]) -> None:
@@ -248,7 +230,7 @@ def other(way: str) -> str:
 @contextlib.contextmanager
 def moves_progress() -> Iterator[Progress]:
     """A bar for each kind of move, with the silence of the last one."""
-    columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[last]}"))
+    columns = (TextColumn("{task.description:21}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[last]}"))
     with Progress(*columns, console=console) as progress:
         yield progress
 
@@ -276,22 +258,22 @@ def report(findings: Seen, duration_s: float) -> None:
         style = "" if sent == received else "red"
         files.add_row(name, f"{size:,}", sent[:16] + "…", received[:16] + "…", style=style)
     console.print(files)
-    table = Table(title="Silence at the client")
+    table = Table(title="Silence at the client, in milliseconds")
     table.add_column("move", no_wrap=True)
-    for heading in ("times", "p50", "p95", "longest", "repeated", "timeouts"):
+    for heading in ("times", "p50", "p95", "longest", "again", "timeouts"):
         table.add_column(heading, justify="right")
     for kind, moves in findings.moves.items():
         gaps = [move.gap_s for move in moves]
         table.add_row(
             kind,
             str(len(gaps)),
-            *(milliseconds(each) for each in (statistics.median(gaps), percentile(gaps, 95), max(gaps))),
+            *(f"{1000 * each:.1f}" for each in (statistics.median(gaps), percentile(gaps, 95), max(gaps))),
             f"{statistics.median(move.repeated_segments for move in moves):.0f}",
             str(sum(move.timeouts for move in moves)),
         )
     console.print(table)
     console.print(
-        "repeated: segments that the sending side's TCP sent again, median of the moves; timeouts: of TCP, in all of them.\n"
+        "again: segments that the sending side's TCP repeated, median of the moves; timeouts: of TCP, in all of them.\n"
         f"other subnet: includes {VM_PAUSE_S:g} s without network. dead path: found dead by sending in vain for a while."
     )
     by_hand = [move.gap_s for kind in (SERVER_BY_HAND, CLIENT_BY_HAND) for move in findings.moves.get(kind, [])]

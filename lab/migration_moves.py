@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from lab.arrivals import Arrivals
@@ -20,6 +21,7 @@ from lab.native import serval_json
 from lab.traffic import PROJECT
 from lab.two_ways import FRONT, WAYS, EventFollower, Inner, TwoWays
 from lab.waiting import wait_for
+from serval_core.stack_socket import StackSocketClient
 
 BEFORE_S = 0.02
 AFTER_S = 0.3
@@ -37,6 +39,21 @@ class Move(NamedTuple):
     gap_s: float
     repeated_segments: int = 0
     timeouts: int = 0
+
+
+class Server:
+    """A plain TCP server on the server host that sends for ever. It prints the hash of each download that has ended."""
+
+    def __init__(self, ways: TwoWays, port: int) -> None:
+        command: list[Argument] = [sys.executable, "-m", "lab.endless_stream", "serve", port]
+        self._process = ways.server.popen(command, cwd=PROJECT, stdout=subprocess.PIPE)
+        ways.server.wait_listening(port, self._process)
+
+    def sent(self) -> dict[str, Any]:
+        """What was sent to the client that has finished."""
+        assert self._process.stdout is not None
+        said: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return said
 
 
 class Download:
@@ -113,6 +130,11 @@ class Scene:
 
         return self._measured(side, migrate)
 
+    def by_request(self, side: Side, way: str) -> Move:
+        """The same through the stack socket, at the cost of no process."""
+        arguments = {"flow_id": self.flow_ids[side.host], "interface": way}
+        return self._measured(side, lambda: side.host.call(partial(StackSocketClient().request, "migrate_flow", **arguments)))
+
     def lose(self, side: Side) -> Move:
         """The wire that one end uses loses its carrier, and gets it back when the flow has gone to the other one."""
         way = self.way(side)
@@ -166,7 +188,7 @@ class Scene:
         """The interface that one end is on."""
         return WAYS[side.inner.addresses.index(self.address(side))]
 
-    def _measured(self, side: Side, move: Callable[[], None], from_the_start: bool = False) -> Move:
+    def _measured(self, side: Side, move: Callable[[], object], from_the_start: bool = False) -> Move:
         """`from_the_start`: the silence may begin when the move does, not when it is accomplished."""
         before, counted = len(side.events), tcp_counters(self.far.host)
         began = time.time()

@@ -77,10 +77,10 @@ class TwoWays:
         self.translator: TranslatorProcess
         self.reverse: TranslatorProcess
 
-    def start(self) -> None:
-        """Start both translators and return when both are ready."""
+    def start(self, framing: str = "auto") -> None:
+        """Start both translators, which begin flows in that framing, and return when both are ready."""
         configuration = self.directory / "mobility.toml"
-        configuration.write_text(MOBILITY)
+        configuration.write_text(f'{MOBILITY}[stack]\nframing = "{framing}"\n')
         shared: list[Argument] = ["--config", configuration, "--no-broadcast"]
         reverses = [f"{service}={self.server.address()}:{port}" for port, service in self.services.items()]
         arguments = [*shared, *(word for each in reverses for word in ("--reverse", each))]

@@ -38,12 +38,12 @@ def test_it_ends_with_0_when_all_is_as_it_should_be(tmp_path: Path, capsys: pyte
 def test_it_ends_with_1_when_something_else_arrives_than_was_sent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sent = demo_migration.Server.sent
+    sent = migration_moves.Server.sent
 
-    def another(server: demo_migration.Server) -> dict[str, Any]:
+    def another(server: migration_moves.Server) -> dict[str, Any]:
         return sent(server) | {"sha256": "0" * 64}
 
-    monkeypatch.setattr(demo_migration.Server, "sent", another)
+    monkeypatch.setattr(migration_moves.Server, "sent", another)
     assert demo_migration.main(["--plots", str(tmp_path)], NONE) == 1
     assert "something else arrived than was sent" in " ".join(capsys.readouterr().out.split())
 
