@@ -13,15 +13,8 @@ from serval_core.datagrams import DatagramFlow
 from serval_core.names import parse_address, parse_service
 from serval_core.sal_settings import SalSettings
 from tests.peers.prototype import lose_handshake_ack
-from tests.peers.prototype_udp import (
-    QUIT,
-    PrototypeDatagramSocket,
-    PrototypeUdpClient,
-    PrototypeUdpServer,
-    UdpResult,
-    UdpSocket,
-    service_number,
-)
+from tests.peers.prototype_udp import PrototypeDatagramSocket, UdpResult, UdpSocket, service_number
+from tests.peers.prototype_udp_flow import QUIT, PrototypeUdpClient, PrototypeUdpServer
 from tests.serval_core.datagram_ends import Bound, connect
 from tests.serval_core.stack_thread import StackThread
 
