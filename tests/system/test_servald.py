@@ -18,6 +18,7 @@ from lab.native import SERVAL, SERVALD, bound, hold_many, running, start_servald
 from lab.traffic import PROJECT
 from lab.waiting import wait_for
 from serval_core import aio
+from serval_core.stack_socket import StackSocketClient
 
 SERVICE = "76568"
 NOBODY = 65534
@@ -189,6 +190,23 @@ def test_end_of_the_daemon_unregisters_and_resets(site: Site) -> None:
         connection.close()
         assert kernel_traces(site.far) == []
     site.far_daemon = start_servald(site.far, site.directory / "again.log")
+
+
+def test_program_that_is_killed_is_unregistered_at_once(site: Site) -> None:
+    """Not when its registration expires: the router forgets it because it was told to."""
+    site.near_daemon.stop()
+    site.near_daemon = start_servald(site.near, site.directory / "router.log", "--router")
+
+    def registered() -> list[str]:
+        return [each["prefix"] for each in site.near.call(StackSocketClient(5).request, "registrations")["received"]]
+
+    with running(site.far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE) as program:
+        wait_for(lambda: registered() == [SERVICE], "the registration", 30)
+        program.kill()
+        wait_for(lambda: registered() == [], "its end", 30)
+    counters = site.near.call(StackSocketClient(5).request, "controller_counters")
+    assert counters["router_unregistered"] == 1
+    assert "router_expired" not in counters
 
 
 ACTIVATED = 'LISTEN_PID=$$ exec "$@" 3<&0 </dev/null'
