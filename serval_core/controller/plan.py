@@ -42,6 +42,7 @@ CHANGEABLE = frozenset(
         "router.weight_max",
         "router.registrations_max",
         "router.registrations_per_host",
+        "router.registrations_per_prefix",
         "router.messages_per_host_s",
         "router.new_registrations_s",
     }
@@ -101,6 +102,7 @@ def plan(settings: ControllerSettings, names: Names | None = None, place: Place 
             weight_max=router.weight_max,
             registrations_max=router.registrations_max,
             registrations_per_host=router.registrations_per_host,
+            registrations_per_prefix=router.registrations_per_prefix,
             messages_per_host_s=router.messages_per_host_s,
             new_registrations_s=router.new_registrations_s,
             clock_tolerance_s=router.clock_tolerance_s,

@@ -164,6 +164,11 @@ class Registrations:
         """How many registrations a host has."""
         return self._per_host.get(address, 0)
 
+    def of_prefix(self, prefix: ServicePrefix) -> int:
+        """How many hosts have registered exactly this prefix."""
+        of_prefix = self._prefixes.get(prefix)
+        return 0 if of_prefix is None else of_prefix.hosts
+
     def restore(self, stored: StoredRegistration, now: float, wall: float) -> bool:
         """Put a registration from the directory in force again. False when another rule is in the way."""
         offer = Offer(stored.priority, stored.weight, int(stored.lifetime_s))

@@ -32,6 +32,7 @@ WRONG_SOURCE_ADDRESS = "wrong_source_address"
 FROM_UPSTREAM = "from_upstream_router"
 TOO_MANY_MESSAGES = "too_many_messages"
 TOO_MANY_FROM_HOST = "too_many_registrations_of_host"
+TOO_MANY_OF_PREFIX = "too_many_registrations_of_prefix"
 TOO_MANY = "too_many_registrations"
 TOO_MANY_NEW = "too_many_new_registrations"
 DEFAULT_PREFIX_REASON = "default_prefix"
@@ -54,6 +55,7 @@ class RouterLimits:
     weight_max: int = 1000
     registrations_max: int = 100_000
     registrations_per_host: int = 2048
+    registrations_per_prefix: int = 1024
     messages_per_host_s: float = 200.0
     new_registrations_s: float = 1000.0
     clock_tolerance_s: float = 60.0
@@ -196,7 +198,7 @@ class RegistrationRouter:
         for affected in (record, moved):
             if affected is not None and (reason := _ownership(affected, public_key)):
                 return reason
-        if record is None and (reason := self._room(source, moved is None)):
+        if record is None and (reason := self._room(prefix, source, moved is None)):
             return reason
         if proof is not None and (
             reason := self._authenticator.refusal(payload, prefix, proof, source, wall)
@@ -236,9 +238,11 @@ class RegistrationRouter:
         self.registrations.forget(record, "unregistered", now)
         return None
 
-    def _room(self, source: int, one_more: bool) -> str | None:
+    def _room(self, prefix: ServicePrefix, source: int, one_more: bool) -> str | None:
         if self.registrations.of_host(source) >= self._limits.registrations_per_host:
             return TOO_MANY_FROM_HOST
+        if one_more and self.registrations.of_prefix(prefix) >= self._limits.registrations_per_prefix:
+            return TOO_MANY_OF_PREFIX
         if one_more and len(self.registrations) >= self._limits.registrations_max:
             return TOO_MANY
         return None

@@ -80,6 +80,7 @@ class RouterSection(Struct, frozen=True, forbid_unknown_fields=True):
     weight_max: RuleNumber = 1000
     registrations_max: Count = 100_000
     registrations_per_host: Count = 2048
+    registrations_per_prefix: Count = 1024
     messages_per_host_s: Count = 200
     new_registrations_s: Count = 1000  # of all hosts together
     clock_tolerance_s: Seconds = 60.0  # how far the clock of a signing host may be off

@@ -187,6 +187,24 @@ def test_a_flood_of_many_hosts_does_not_keep_known_ones_from_refreshing() -> Non
     assert {rule[1] for rule in router.rules()} == set()
 
 
+def test_instances_of_one_service_are_bounded() -> None:
+    """What resolves a service looks at all of them, so that senders who invent addresses could make each SYN dear."""
+    router = Router(registrations_per_prefix=10)
+    for number in range(15):
+        router.receive(register(), parse_address("10.1.0.0") + number + 1)
+    assert len(router.rules()) == 10
+    assert router.refusals() == {reasons.TOO_MANY_OF_PREFIX: 5}
+    router.receive(register(parse_service("80")), OTHER)
+    known = parse_address("10.1.0.1")
+    router.receive(register(refresh=True, old_address=known), known)
+    assert router.role.registrations.counters["refreshed"] == 1
+    router.receive(register(refresh=True, old_address=known), OTHER)
+    assert (str(SERVICE), "10.0.0.2", 1, 1) in router.rules()
+    router.receive(unregister(), OTHER)
+    router.receive(register(), parse_address("10.1.0.15"))
+    assert len(router.rules()) == 11
+
+
 def test_flipping_weights_do_not_make_the_memory_grow() -> None:
     router = Router(messages_per_host_s=1e6)
     for number in range(5000):
