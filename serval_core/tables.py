@@ -60,7 +60,7 @@ def any_table(rows: Sequence[Row]) -> Table:
 def flow_table(flows: Sequence[Row]) -> Table:
     """The flows of a stack; with what a translator or a native program has to do with them, where there is one."""
     table = new_table(
-        "flow", "state", "service", "Serval peer", "own address", "local end", ">bytes to / from service", ">round trip"
+        "flow", "state", "service", "Serval peer", "own address", "framing", "local end", ">bytes to / from service", ">round trip"
     )
     for flow in flows:
         round_trip_s = flow.get("round_trip_s")
@@ -70,6 +70,7 @@ def flow_table(flows: Sequence[Row]) -> Table:
             escape(str(flow["service"])),
             str(flow["peer_address"]),
             str(flow.get("local_address", "")),
+            str(flow.get("framing", "")),
             escape(_local_end(flow)),
             _flow_bytes(flow),
             f"{round_trip_s * 1000:.2f} ms" if round_trip_s else "",
