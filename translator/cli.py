@@ -19,6 +19,7 @@ from serval_core import command_line
 from serval_core.command_line import routing_options, section_option
 from serval_core.config_file import Names
 from serval_core.configured_rules import parse_rule, rule_text
+from serval_core.number_types import Real, Whole
 from translator import show as show_module
 from translator.config import KEEPALIVE_MAX_S, Settings
 from translator.config_file import LoadedFile, load
@@ -29,7 +30,7 @@ PROGRAM = "serval-translator"
 T = TypeVar("T")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
+_SECONDS = Real(min=0, min_open=True, max=31_536_000)
 
 
 @click.group(
@@ -117,7 +118,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
     "legacy",
     "keepalive_s",
     "--keepalive",
-    type=click.IntRange(0, KEEPALIVE_MAX_S),
+    type=Whole(0, KEEPALIVE_MAX_S),
     metavar="S",
     help="Probe silent legacy connections after S seconds; 0: never. [default: 600]",
 )
@@ -125,7 +126,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=31_536_000)
     "limits",
     "connections",
     "--connection-limit",
-    type=click.IntRange(1, 10_000_000),
+    type=Whole(1, 10_000_000),
     metavar="N",
     help="Clients at a time; more wait in the queue. [default: 20000]",
 )

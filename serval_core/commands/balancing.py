@@ -9,6 +9,7 @@ import rich_click as click
 from serval_core.commands.migrating import leave_with, show_outcomes
 from serval_core.commands.options import json_option
 from serval_core.config_file import Misconfigured
+from serval_core.number_types import Real
 from serval_core.stack_socket import StackSocketClient
 from serval_core.tables import Row, new_console, new_table, print_json
 
@@ -16,7 +17,7 @@ from serval_core.tables import Row, new_console, new_table, print_json
 @click.command()
 @click.argument("interfaces", nargs=-1, required=True, metavar="IF1[=WEIGHT] IF2[=WEIGHT] ...")
 @click.option(
-    "--measure", "measure_s", type=click.FloatRange(0.01, 60), default=1.0, metavar="S", help="How long to measure. [default: 1]"
+    "--measure", "measure_s", type=Real(0.01, 60), default=1.0, metavar="S", help="How long to measure. [default: 1]"
 )
 @click.option("--dry-run", is_flag=True, help="Measure, and only say what would move.")
 @json_option
@@ -28,6 +29,9 @@ def balance(interfaces: tuple[str, ...], measure_s: float, dry_run: bool, as_jso
     if len(interfaces) < 2:
         raise Misconfigured("balance", f"{interfaces[0]} alone leaves nothing to balance: name at least two interfaces")
     named = [_weighted(each) for each in interfaces]
+    twice = next((name for name, _ in named if [each for each, _ in named].count(name) > 1), None)
+    if twice is not None:
+        raise Misconfigured("balance", f"{twice} is named twice; name each interface once")
     lines: list[Row] = list(
         StackSocketClient().stream(
             "balance",

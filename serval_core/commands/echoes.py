@@ -12,26 +12,27 @@ from typing import Any
 import rich_click as click
 
 from serval_core import sockets
-from serval_core.commands.options import json_option, prefix_argument, service_argument
+from serval_core.commands.options import address_argument, json_option, served_argument, service_argument
 from serval_core.commands.transfers import PROTOTYPE_SERVICE
 from serval_core.datagram_sockets import ServalDatagramSocket
 from serval_core.names import ServiceID
 from serval_core.native_protocol import DATAGRAM_LIMIT_BYTES
+from serval_core.number_types import Real, Whole
 from serval_core.tables import new_console, print_json
 
 # Of a probe: 8 random bytes that make it ours, its number.
 PROBE = struct.Struct("!8sI")
 NOBODY_ANSWERS = 1
-_PAUSE = click.FloatRange(min=0)
-_TIMEOUT = click.FloatRange(min=0, min_open=True)
-_SIZE = click.IntRange(PROBE.size, DATAGRAM_LIMIT_BYTES)
+_PAUSE = Real(min=0)
+_TIMEOUT = Real(min=0, min_open=True)
+_SIZE = Whole(PROBE.size, DATAGRAM_LIMIT_BYTES)
 
 
 @click.command("udp-echo")
 @click.option("--service", "-s", default=PROTOTYPE_SERVICE, show_default=True, metavar="ID[:BITS]", help="What to serve.")
 def udp_echo(service: str) -> None:
     """Send every datagram back to where it came from."""
-    prefix = prefix_argument(service)
+    prefix = served_argument(service)
     with ServalDatagramSocket() as echo:
         echo.bind(prefix)
         click.echo(f"serving {prefix}", err=True)
@@ -46,7 +47,7 @@ def udp_echo(service: str) -> None:
 
 @click.command()
 @click.argument("service", metavar="ID")
-@click.option("--count", "-c", type=click.IntRange(min=1), default=4, show_default=True, help="How many probes.")
+@click.option("--count", "-c", type=Whole(min=1), default=4, show_default=True, help="How many probes.")
 @click.option("--interval", "-i", type=_PAUSE, default=1.0, show_default=True, metavar="S", help="Between them.")
 @click.option("--timeout", "-W", type=_TIMEOUT, default=2.0, show_default=True, metavar="S", help="For an answer.")
 @click.option("--size", type=_SIZE, default=56, show_default=True, help="Bytes of a datagram.")
@@ -57,7 +58,7 @@ def ping(
     service: str, count: int, interval: float, timeout: float, size: int, tcp: bool, address: str, as_json: bool
 ) -> None:
     """Send datagrams to a udp-echo service and time the answers. The exit status is 1 if none came."""
-    where = (service_argument(service), address)
+    where = (service_argument(service), address and address_argument(address))
     probes = _connect(where, timeout) if tcp else _echo(where, size, timeout)
     answers: list[dict[str, Any]] = []
     for number in range(1, count + 1):

@@ -17,6 +17,7 @@ from serval_core.commands.options import json_option, prefix_argument
 from serval_core.config_file import Misconfigured
 from serval_core.errors import OurMistake
 from serval_core.names import parse_address
+from serval_core.number_types import Whole
 from serval_core.stack_socket import StackSocketClient
 from serval_core.tables import Row, new_console, new_table, print_json
 
@@ -27,7 +28,8 @@ class _InterfacesByDefault(click.RichGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if len(args) > 1 and args[0] not in self.commands:
+        words = [each for each in args if not each.startswith("-")]
+        if len(words) in (1, 2) and words[0] not in self.commands:
             args = ["interface", *args]
         return super().resolve_command(ctx, args)
 
@@ -47,7 +49,7 @@ def _to_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @migrate.command()
-@click.argument("flow_id", metavar="FLOW", type=click.IntRange(1, 0xFFFFFFFF))
+@click.argument("flow_id", metavar="FLOW", type=Whole(1, 0xFFFFFFFF))
 @click.argument("interface", metavar="[IF]", required=False)
 @_to_option
 @json_option

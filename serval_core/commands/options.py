@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,7 +12,15 @@ from rich.console import RenderableType
 
 from serval_core.config_file import Misconfigured
 from serval_core.errors import OurMistake
-from serval_core.names import SERVICE_ID_BITS, ServiceID, ServicePrefix, parse_service
+from serval_core.names import (
+    DEFAULT_SERVICE,
+    SERVICE_ID_BITS,
+    ServiceID,
+    ServicePrefix,
+    format_address,
+    parse_address,
+    parse_service,
+)
 from serval_core.tables import Row, new_console, print_json
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,8 +58,21 @@ def service_argument(text: str) -> ServiceID:
     return prefix.service_id
 
 
+def served_argument(text: str) -> ServicePrefix:
+    """A serviceID or prefix that a program can bind. Raises Misconfigured."""
+    prefix = prefix_argument(text)
+    if prefix.service_id == DEFAULT_SERVICE:
+        raise Misconfigured(text, "is all zeros, which nothing can be bound to: name a serviceID, for example 76568")
+    return prefix
+
+
 def address_argument(text: str) -> str:
     """An IPv4 address, or a host name that has one. Raises Misconfigured."""
+    if re.fullmatch(r"[0-9.]*", text):
+        try:
+            return format_address(parse_address(text))
+        except OurMistake as mistake:
+            raise Misconfigured(text, str(mistake)) from None
     try:
         return socket.gethostbyname(text)
     except (OSError, UnicodeError) as error:

@@ -5,7 +5,10 @@ The words of the prototype's `serv` are understood: `add 76568 10.0.0.1 priority
 
 from __future__ import annotations
 
+import itertools
+import math
 import socket
+from difflib import get_close_matches
 from typing import Any
 
 import rich_click as click
@@ -36,6 +39,9 @@ _WORDS: dict[str, tuple[str, type]] = {
     "dev": ("interface_index", str),
 }
 
+# A negative number is to be refused as such, not as an option.
+_NUMBERS = {"ignore_unknown_options": True}
+
 
 class _Aliases(click.RichGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -53,7 +59,7 @@ def service() -> None:
     """Show and change the service table of the running stack."""
 
 
-@service.command()
+@service.command(context_settings=_NUMBERS)
 @click.argument("service", metavar="ID[:BITS]")
 @click.argument("words", nargs=-1, required=True, metavar="IP|delay|drop [priority N] [weight N] [idle S] [hard S] [dev NAME]")
 @json_option
@@ -66,14 +72,11 @@ def add(service: str, words: tuple[str, ...], as_json: bool) -> None:
     prefix = prefix_argument(service)
     target = words[0]
     request: dict[str, Any] = {"service": str(prefix), **_numbers(words[1:])}
-    if target in VERDICTS:
-        request["type"] = target
-    else:
-        request["address"] = address_argument(target)
+    request |= _target(target)
     _done(StackSocketClient().request("service_add", **request), f"added {prefix} to {target}", as_json)
 
 
-@service.command()
+@service.command(context_settings=_NUMBERS)
 @click.argument("service", metavar="ID[:BITS]")
 @click.argument("old", metavar="IP")
 @click.argument("words", nargs=-1, metavar="[NEW_IP] [priority N] [weight N] [idle S] [hard S] [dev NAME]")
@@ -82,7 +85,7 @@ def modify(service: str, old: str, words: tuple[str, ...], as_json: bool) -> Non
     """Change the rule that sends a service to IP; what is not given stays (also: mod)."""
     prefix = prefix_argument(service)
     request: dict[str, Any] = {"service": str(prefix), "old_address": address_argument(old)}
-    if words and words[0] not in _WORDS:
+    if len(words) % 2 and words[0] not in _WORDS:
         request["address"] = address_argument(words[0])
         words = words[1:]
     request.update(_numbers(words))
@@ -100,11 +103,11 @@ def delete(service: str, target: str | None, as_json: bool) -> None:
     prefix = prefix_argument(service)
     client = StackSocketClient()
     if target is not None:
-        requests = [_deletion(target if target in VERDICTS else address_argument(target))]
+        requests = [_target(target)]
     else:
         entries = [entry for entry in client.request("services") if entry["prefix"] == str(prefix)]
         requests = [
-            _deletion(each["address"] or each["type"].lower())
+            {"address": each["address"]} if each["address"] else {"type": each["type"].lower()}
             for entry in entries
             for each in entry["targets"]
             if each["type"] != "DEMUX" and not each["broadcast"]
@@ -121,9 +124,9 @@ def delete(service: str, target: str | None, as_json: bool) -> None:
 @json_option
 def show_services(service: str | None, as_json: bool) -> None:
     """Show all rules, or those for exactly one prefix (also: list)."""
+    prefix = None if service is None else str(prefix_argument(service))
     entries = StackSocketClient().request("services")
-    if service is not None:
-        prefix = str(prefix_argument(service))
+    if prefix is not None:
         entries = [entry for entry in entries if entry["prefix"] == prefix]
     show(entries, "rules" if service is None else f"rules for {service}", service_table, as_json)
 
@@ -156,19 +159,28 @@ def resolve(service: str, as_json: bool) -> None:
     console.print(Group(*parts, *([table] if explained["sets"] else [])))
 
 
-def _deletion(target: str) -> Row:
-    return {"type": target} if target in VERDICTS else {"address": target}
+def _target(text: str) -> Row:
+    """The argument of a request for `10.0.0.2`, `delay` or `drop`. Raises Misconfigured."""
+    if text in VERDICTS:
+        return {"type": text}
+    try:
+        return {"address": address_argument(text)}
+    except Misconfigured as mistake:
+        hint = nearest(text, VERDICTS) if get_close_matches(text, VERDICTS) else ""
+        raise Misconfigured(mistake.origin, mistake.sentence + hint) from None
 
 
 def _numbers(words: tuple[str, ...]) -> dict[str, Any]:
     """The values behind `priority`, `weight` ... Raises Misconfigured."""
     given: dict[str, Any] = {}
-    if len(words) % 2:
-        raise Misconfigured(words[-1], f"has no value behind it, or is no word to follow here{nearest(words[-1], _WORDS)}")
-    for word, value in zip(words[::2], words[1::2], strict=True):
+    for word, value in itertools.zip_longest(words[::2], words[1::2]):
         if word not in _WORDS:
             raise Misconfigured(word, f"is no word to follow here{nearest(word, _WORDS)}")
         name, kind = _WORDS[word]
+        if value is None or value in _WORDS:
+            raise Misconfigured(word, "has no value behind it")
+        if name in given:
+            raise Misconfigured(word, "is given twice; give it once")
         given[name] = _interface(value) if kind is str else _number(word, value, kind)
     return given
 
@@ -177,7 +189,9 @@ def _number(word: str, text: str, kind: type) -> float:
     try:
         number = kind(text)
     except ValueError:
-        raise Misconfigured(f"{word} {text}", "is no number") from None
+        number = math.nan
+    if math.isnan(number):
+        raise Misconfigured(f"{word} {text}", "is no whole number" if kind is int else "is no number")
     smallest = 1 if word == "weight" else 0
     if not smallest <= number <= NUMBER_MAX:
         closest = smallest if number < smallest else NUMBER_MAX

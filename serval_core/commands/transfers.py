@@ -30,8 +30,9 @@ from rich.progress import (
 
 from serval_core import sockets
 from serval_core.commands.hashing import BUFFER_BYTES, Hashing
-from serval_core.commands.options import json_option, prefix_argument, service_argument
+from serval_core.commands.options import address_argument, json_option, served_argument, service_argument
 from serval_core.config_file import Misconfigured
+from serval_core.number_types import Whole
 from serval_core.sockets import ServalSocket
 from serval_core.tables import bytes_text, new_console, print_json
 
@@ -65,11 +66,13 @@ class Transferred(NamedTuple):
 @click.command("tcp-server")
 @click.option("--service", "-s", default=PROTOTYPE_SERVICE, show_default=True, metavar="ID[:BITS]", help="What to serve.")
 @click.option("--file", "-f", type=_FILE, help="Where to store what comes; each connection anew. [default: nowhere]")
-@click.option("--count", "-n", type=click.IntRange(min=1), help="End after N connections. [default: never]")
+@click.option("--count", "-n", type=Whole(min=1), help="End after N connections. [default: never]")
 @json_option
 def tcp_server(service: str, file: Path | None, count: int | None, as_json: bool) -> None:
     """Receive files from `serval tcp-client`, one after the other."""
-    prefix = prefix_argument(service)
+    prefix = served_argument(service)
+    if file is not None and not file.parent.is_dir():
+        raise Misconfigured(f"--file {file}", f"there is no directory {file.parent}")
     with sockets.create_server(prefix) as listener:
         click.echo(f"serving {prefix}", err=True)
         served = 0
@@ -92,13 +95,13 @@ def tcp_server(service: str, file: Path | None, count: int | None, as_json: bool
 @json_option
 def tcp_client(service: str, file: Path, address: str, as_json: bool) -> None:
     """Send a file to `serval tcp-server`."""
-    service_id = service_argument(service)
+    where = (service_argument(service), address and address_argument(address))
     try:
         # Opened before anything is connected: a wrong name must not reach the server as an empty file.
         source = os.fdopen(os.dup(sys.stdin.fileno()), "rb") if str(file) == "-" else file.open("rb")
     except OSError as error:
         raise Misconfigured(f"--file {file}", error.strerror or str(error)) from None
-    with source, sockets.create_connection((service_id, address)) as connection:
+    with source, sockets.create_connection(where) as connection:
         status = os.fstat(source.fileno())
         size = status.st_size if stat.S_ISREG(status.st_mode) else None
         _print(send(connection, source, size), "", as_json)

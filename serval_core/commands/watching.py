@@ -10,6 +10,9 @@ from typing import Any
 import rich_click as click
 
 from serval_core.commands.options import json_option, show
+from serval_core.config_file import Misconfigured
+from serval_core.nearest import nearest
+from serval_core.service_events import KINDS
 from serval_core.stack_socket import RequestFailed, StackSocketClient
 from serval_core.tables import any_table, counter_table, flow_table, new_console, print_json
 
@@ -26,6 +29,9 @@ def flows(as_json: bool) -> None:
 @json_option
 def events(kinds: tuple[str, ...], as_json: bool) -> None:
     """Follow what happens: services that come and go, rules, delayed packets, flows. One line each, until interrupted."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise Misconfigured(f"--kind {kind}", f"there is no such event{nearest(kind, sorted(KINDS))}")
     arguments = {"kinds": list(kinds)} if kinds else {}
     for event in StackSocketClient().stream("events", **arguments):
         click.echo(json.dumps(event) if as_json else _event_text(event))

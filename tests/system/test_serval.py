@@ -154,7 +154,7 @@ WRONG_WORDS = (
     (("service", "mod", "7", "10.1.0.9", "weight", "2"), 1, "no rule"),
     (("service", "del", "7"), 1, "no rule"),
     (("resolve", "0xab:8"), 2, "is a prefix"),
-    (("events", "--kind", "rule_ad"), 1, "rule_added"),
+    (("events", "--kind", "rule_ad"), 2, "rule_added"),
     (("flow",), 2, "No such command 'flow'"),
 )
 

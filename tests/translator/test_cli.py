@@ -136,7 +136,7 @@ def test_a_port_of_the_file_cannot_be_mapped_again(file: Path) -> None:
         (("--mpa", "80=1"), "No such option '--mpa'. Did you mean '--map'?"),
         (("--map",), "Option '--map' requires an argument"),
         (("--map", "80=1", "--connection-limit", "0"), "Invalid value for '--connection-limit'"),
-        (("--map", "80=1", "--connect-timeout", "soon"), "'soon' is not a valid float"),
+        (("--map", "80=1", "--connect-timeout", "soon"), "'soon' is no number"),
         (("--map", "80=1", "--idle-timeout", "0"), "Invalid value for '--idle-timeout'"),
         (("--map", "80=1", "--no-answer", "drop"), "'drop' is not one of 'reset', 'close'"),
         (("--config", "/nonexistent.toml"), "--config /nonexistent.toml: cannot be read"),
