@@ -14,35 +14,22 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from serval_core.access_policy import AccessPolicy
-from serval_core.connection import Connection, Listener, OnAccept, OnConnected, OnFailed, PendingConnect
+from serval_core.connection import Listener, OnAccept, OnConnected, OnFailed, PendingConnect
 from serval_core.datagrams import Datagrams, Host
-from serval_core.dataplane import tcp_repair
 from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
 from serval_core.dataplane.router import Router
+from serval_core.effect_loop import EffectLoop
 from serval_core.effects import (
-    Accepted,
-    CloseTransport,
-    Connected,
-    ConnectFailed,
-    Effect,
-    EndOfStream,
     ExpectData,
-    FlowEnded,
     ForgetExpected,
     Happened,
-    InjectSegment,
     LimitSegments,
-    MovePath,
-    OpenTransport,
-    ResetTransport,
     SendPacket,
 )
-from serval_core.errors import KernelRefused
 from serval_core.mobility_settings import MobilitySettings
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.native_service import NativeService
@@ -57,20 +44,14 @@ from serval_core.stack_migration import Migrations
 from serval_core.stack_mobility import AutomaticMobility
 from serval_core.stack_services import StackServices, report_defect
 from serval_core.stack_socket_server import StackSocketServer
-from serval_core.unattended import Holder, UnattendedFlows
+from serval_core.streams import Streams
+from serval_core.unattended import UnattendedFlows
 
 log = structlog.get_logger("serval_core.stack")
 
 # Batches of control packets per wake-up: between them the loop serves timers and relays.
 BATCHES_PER_WAKE_UP = 4
 BATCH_PACKETS = 64
-# A FIN of the peer's SAL without a TCP FIN (SPEC 4.5) ends the stream when nothing has arrived for this time.
-END_OF_STREAM_GRACE_S = 1.0
-RESET_RETRY_S = 0.005  # doubles
-RESET_ATTEMPTS = 10
-TCP_CLOSED = 7  # linux/tcp.h
-NO_DESCRIPTOR = -1  # of a connection whose socket another program has
-READING_STATES = frozenset({1, 4, 5})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2: no FIN of the peer yet
 
 
 @dataclass(frozen=True)
@@ -90,6 +71,8 @@ class ServalStack:
     _loop: asyncio.AbstractEventLoop
     unattended: UnattendedFlows
     _sal: ServiceAccessLayer
+    _effects: EffectLoop
+    _streams: Streams
     datagrams: Datagrams
     router: Router
     services: StackServices
@@ -103,32 +86,9 @@ class ServalStack:
         self.stack_socket = StackSocketServer()
         self.native = NativeService(self, settings.access)
         self._dataplane = KernelDataPlane(settings.dataplane)
-        self._connections: dict[int, Connection] = {}
-        self._pending: dict[int, PendingConnect] = {}
-        self._listeners: dict[int, Listener] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = 0.0
-        self._running_effects = False
         self._send_errors: dict[int, int] = {}
-        self._wrong_injected = 0
         self._broadcast_resolution = settings.broadcast_resolution
         self._host_observers: list[Callable[[], None]] = []
-        self._carry_out: dict[type[Effect], Callable[[Any], None]] = {
-            SendPacket: self._send_packet,
-            OpenTransport: self._open_transport,
-            MovePath: self._move_path,
-            LimitSegments: lambda effect: self._dataplane.limit_segments(effect.flow_id, effect.mtu_bytes),
-            ExpectData: lambda effect: self._dataplane.expect_data(effect.flow_id),
-            ForgetExpected: lambda effect: self._dataplane.forget_expected(effect.flow_id),
-            InjectSegment: self._inject_segment,
-            EndOfStream: self._end_of_stream,
-            ResetTransport: self._reset_transport,
-            CloseTransport: self._close_transport,
-            Connected: self._connected,
-            ConnectFailed: self._connect_failed,
-            Accepted: self._accepted,
-            FlowEnded: self._flow_ended,
-        }
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -161,34 +121,53 @@ class ServalStack:
             random.SystemRandom(),
             stack._dataplane.native_ports,
         )
+        effects = stack._effects = EffectLoop(stack._sal)
         stack.services = StackServices(
-            stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, stack._run_effects
+            stack.events, stack.table, stack._sal, stack._dataplane.icmp_errors, effects.run
         )
         stack.datagrams = Datagrams(
             stack._sal,
             Host(
                 time.monotonic,
-                stack._run_effects,
-                lambda: stack._loop.call_soon(stack._run_effects),
+                effects.run,
+                effects.run_soon,
                 stack._dataplane.expect_data,
                 stack.services.flow_opened,
                 stack.services.flow_ended,
             ),
         )
-        stack._carry_out |= stack.datagrams.carry_out
-        stack._carry_out[Happened] = stack.services.happened
+        stack.unattended = UnattendedFlows(
+            stack._dataplane, stack._sal, stack._take_events, effects.run
+        )
+        stack._streams = Streams(
+            stack._sal,
+            stack._dataplane,
+            stack.services,
+            stack.unattended,
+            stack.datagrams.flows,
+            effects,
+        )
+        effects.carry_out |= {
+            SendPacket: stack._send_packet,
+            LimitSegments: lambda effect: stack._dataplane.limit_segments(effect.flow_id, effect.mtu_bytes),
+            ExpectData: lambda effect: stack._dataplane.expect_data(effect.flow_id),
+            ForgetExpected: lambda effect: stack._dataplane.forget_expected(effect.flow_id),
+            Happened: stack.services.happened,
+            **stack._streams.carry_out,
+            **stack.datagrams.carry_out,
+        }
         stack.migrations = Migrations(
-            stack._sal, stack._dataplane.paths, stack.events, stack._run_effects
+            stack._sal, stack._dataplane.paths, stack.events, effects.run
         )
         stack.mobility = AutomaticMobility(
             stack.settings.mobility,
             stack._sal,
             stack._dataplane.paths,
             stack.events,
-            stack._connections,
+            stack._streams.connections,
             stack._dataplane.neighbours,
             stack._dataplane.flow_counters,
-            stack._run_effects,
+            effects.run,
         )
         stack.migrations.on_placed = stack.mobility.mobility.placed
         balancer = Balancer(stack._sal, stack.migrations, stack._dataplane.flow_counters)
@@ -201,9 +180,6 @@ class ServalStack:
         )
         stack.on_host_change(stack.router.host_changed)
         stack.forwarding = stack.settings.sal.forwarding
-        stack.unattended = UnattendedFlows(
-            stack._dataplane, stack._sal, stack._take_events, stack._run_effects
-        )
         stack._loop.add_reader(stack._dataplane.control_fd, stack._packets_wait)
         for own in stack._dataplane.encapsulation.sockets:
             stack._loop.add_reader(own, stack._encapsulated_wait, own)
@@ -228,18 +204,13 @@ class ServalStack:
 
     async def stop(self) -> None:
         """Reset what is still open and remove every trace."""
-        for pending in list(self._pending.values()):
-            pending.cancel()
-        for listener in list(self._listeners.values()):
-            listener.close()
+        self._streams.abandon()
         self.native.close()
         self.mobility.close()
         self.unattended.stop()
-        for connection in list(self._connections.values()):
-            connection.abort()
+        self._streams.abort_all()
         self.datagrams.close()
-        for connection in list(self._connections.values()):
-            self._forget(connection)
+        self._streams.forget_all()
         self.services.close()
         self._loop.remove_reader(self._dataplane.control_fd)
         for own in self._dataplane.encapsulation.sockets:
@@ -248,8 +219,7 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.monitor.fileno())
         self._loop.remove_reader(self._dataplane.too_big.fileno())
         self._loop.remove_reader(self._dataplane.neighbours.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
+        self._effects.close()
         self.router.stop()
         self._dataplane.close()
         self.stack_socket.close()
@@ -258,10 +228,7 @@ class ServalStack:
 
     def listen(self, prefix: ServicePrefix, on_accept: OnAccept, backlog: int = 1024) -> Listener:
         """Accept flows for a serviceID or prefix. Raises OurMistake (already bound, zero serviceID)."""
-        listener_id = self._sal.listen(prefix, backlog, time.monotonic())
-        listener = self._listeners[listener_id] = Listener(self, listener_id, prefix, on_accept)
-        self._run_effects()
-        return listener
+        return self._streams.listen(prefix, on_accept, backlog)
 
     def connect(
         self, service_id: ServiceID, on_connected: OnConnected, on_failed: OnFailed, destination: int = 0
@@ -270,10 +237,7 @@ class ServalStack:
 
         `destination`: advisory IPv4 address that skips resolution (SPEC 1.5). `on_failed` gets the errno of SPEC 3.10 and a reason.
         """
-        flow_id = self._sal.connect(service_id, time.monotonic(), destination)
-        pending = self._pending[flow_id] = PendingConnect(self, flow_id, service_id, on_connected, on_failed)
-        self._loop.call_soon(self._run_effects)
-        return pending
+        return self._streams.connect(service_id, on_connected, on_failed, destination)
 
     @property
     def forwarding(self) -> bool:
@@ -359,63 +323,14 @@ class ServalStack:
                 f"send_error_{errno.errorcode.get(code, code)}": count
                 for code, count in self._send_errors.items()
             },
-            "injected_wrong_checksum": self._wrong_injected,
+            "injected_wrong_checksum": self._streams.wrong_injected,
             "framing_native_ports": len(self._dataplane.native_ports),
             "flow_map_entries": self._dataplane.entries(),
             **{f"native_{name}": count for name, count in self.native.counters.items()},
-            "open_transports": len(self._connections),
+            "open_transports": len(self._streams.connections),
             "unattended_flows": len(self.unattended),
             "unattended_given_up": self.unattended.given_up,
         }
-
-    def connection_released(self, connection: Connection) -> None:
-        """Owner: both directions are finished; the SAL closes, then the socket goes down."""
-        if connection.ended:
-            self._forget(connection)
-            return
-        tcp_repair.shut_down(connection.fd, socket.SHUT_WR)
-        self._sal.release(FlowID(connection.flow_id), time.monotonic())
-        self._run_effects()
-
-    def connection_aborted(self, connection: Connection) -> None:
-        """Owner: end the flow with a reset."""
-        if connection.ended:
-            self._forget(connection)
-            return
-        self._sal.abort(FlowID(connection.flow_id), time.monotonic())
-        self._run_effects()
-
-    def connection_handed_over(self, connection: Connection, holder: Holder) -> None:
-        """Owner: another program has the socket, and from now on only it."""
-        fd, connection.fd = connection.fd, NO_DESCRIPTOR
-        flow_id = FlowID(connection.flow_id)
-        self.unattended.take(flow_id, fd, holder)
-        if connection.ended:
-            # Reset while it waited to be handed over.
-            self.unattended.deliver_reset(flow_id)
-            self._forget(connection)
-        self._run_effects()
-
-    def connection_taken(self, connection: Connection) -> None:
-        """Owner: the application of a listener that holds its backlog has the connection."""
-        self._sal.accepted_taken(FlowID(connection.flow_id))
-
-    def connect_cancelled(self, pending: PendingConnect) -> None:
-        """Owner: nobody waits for this connect any more."""
-        if self._pending.pop(pending.flow_id, None) is not None:
-            self._sal.cancel_connect(pending.flow_id, time.monotonic())
-            self._run_effects()
-
-    def listener_refuses(self, listener: Listener, refusing: bool) -> None:
-        """Owner: begin no new flows on this prefix, or begin them again."""
-        if listener.listener_id in self._listeners:
-            self._sal.set_refusing(listener.listener_id, refusing)
-
-    def listener_closed(self, listener: Listener) -> None:
-        """Owner: accept no more on this prefix."""
-        if self._listeners.pop(listener.listener_id, None) is not None:
-            self._sal.close_listener(listener.listener_id, time.monotonic())
-            self._run_effects()
 
     # -- what comes in ------------------------------------------------------------------------------------------------
 
@@ -426,7 +341,7 @@ class ServalStack:
             now = time.monotonic()
             for packet, interface_index, broadcast in batch:
                 received(packet, interface_index, broadcast, now)
-            self._run_effects()
+            self._effects.run()
             if len(batch) < BATCH_PACKETS:
                 return
 
@@ -434,11 +349,11 @@ class ServalStack:
         now = time.monotonic()
         for each in self._dataplane.encapsulation.receive(own):
             self._sal.encapsulated_received(*each, now)
-        self._run_effects()
+        self._effects.run()
 
     def _events_wait(self) -> None:
         self._take_events()
-        self._run_effects()
+        self._effects.run()
 
     def _take_events(self) -> None:
         now = time.monotonic()
@@ -457,7 +372,7 @@ class ServalStack:
     def _too_big(self) -> None:
         for quoted, mtu_bytes in self._dataplane.too_big.take():
             self._sal.packet_too_big(quoted, mtu_bytes)
-        self._run_effects()
+        self._effects.run()
 
     def _host_changed(self) -> None:
         self._dataplane.monitor.drain()
@@ -466,7 +381,7 @@ class ServalStack:
         self._update_broadcast_rules()
         self.mobility.host_changed()
         self._sal.paths_changed(time.monotonic())
-        self._run_effects()
+        self._effects.run()
         for observer in self._host_observers:
             observer()
 
@@ -479,180 +394,10 @@ class ServalStack:
             ]
         )
 
-    def _timer_fired(self) -> None:
-        self._timer = None
-        self._sal.handle_timeouts(time.monotonic())
-        self._run_effects()
-
-    def _arm_timer(self) -> None:
-        due = self._sal.next_timeout()
-        if self._timer is not None:
-            # A timer that fires too early costs less than one cancelled per packet.
-            if due is None or due >= self._timer_due:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            self._timer_due = due
-            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._timer_fired)
-
     # -- effects of the SAL -------------------------------------------------------------------------------------------
-
-    def _run_effects(self) -> None:
-        """Carry out effects until there are none. Callbacks of the application may cause more: those wait for their turn."""
-        if self._running_effects:
-            return
-        self._running_effects = True
-        try:
-            while effects := self._sal.take_effects():
-                for effect in effects:
-                    try:
-                        self._carry_out[type(effect)](effect)
-                    except Exception as error:
-                        # One callback's defect must not cost other flows their effects.
-                        self._loop.call_exception_handler(
-                            {"message": f"while carrying out {type(effect).__name__}", "exception": error}
-                        )
-        finally:
-            self._running_effects = False
-        self._arm_timer()
 
     def _send_packet(self, effect: SendPacket) -> None:
         code = self._dataplane.send(effect.packet, effect.destination, effect.interface_index)
         if code:
             self._send_errors[code] = self._send_errors.get(code, 0) + 1
             self.services.send_failed(effect.packet, code)
-
-    def _open_transport(self, effect: OpenTransport) -> None:
-        try:
-            fd = self._dataplane.open_transport(effect)
-        except KernelRefused as error:
-            log.error("cannot open a transport", flow=effect.flow_id, error=str(error))
-            self._dataplane.forget_expected(effect.flow_id)
-            self._sal.transport_failed(effect.flow_id, error.errno, time.monotonic())
-            return
-        self._connections[effect.flow_id] = Connection(self, effect, fd)
-
-    def _move_path(self, effect: MovePath) -> None:
-        connection = self._connections.get(effect.flow_id)
-        if connection is None:
-            self.datagrams.flows.moved(effect)
-            return
-        connection.local_address, connection.peer_address = effect.local_address, effect.peer_address
-        self._dataplane.move(effect)
-
-    def _inject_segment(self, effect: InjectSegment) -> None:
-        if effect.flow_id in self._connections and not self._dataplane.inject(
-            effect.flow_id, effect.segment, effect.source, effect.destination
-        ):
-            self._wrong_injected += 1
-
-    def _end_of_stream(self, effect: EndOfStream) -> None:
-        """Usually the kernel has read the TCP FIN long ago. A peer that only sends the SAL FIN needs our help."""
-        connection = self._connections.get(effect.flow_id)
-        if connection is None:
-            self.datagrams.flows.end_of_stream(effect)
-        elif connection.fd == NO_DESCRIPTOR:
-            self.unattended.end_stream(effect.flow_id)
-        elif tcp_repair.state(connection.fd) in READING_STATES:
-            self._end_stream_when_quiet(connection, -1)
-
-    def _end_stream_when_quiet(self, connection: Connection, packets_before: int) -> None:
-        """End what the application reads once no packet has arrived for the grace time."""
-        if self._connections.get(connection.flow_id) is not connection:
-            return
-        if connection.fd == NO_DESCRIPTOR:
-            self.unattended.end_stream(FlowID(connection.flow_id))
-            return
-        packets = connection.counters().packets_in
-        if packets == packets_before:
-            tcp_repair.shut_down(connection.fd, socket.SHUT_RD)
-        else:
-            self._loop.call_later(END_OF_STREAM_GRACE_S, self._end_stream_when_quiet, connection, packets)
-
-    def _reset_transport(self, effect: ResetTransport) -> None:
-        connection = self._connections.get(effect.flow_id)
-        if connection is None:
-            return
-        self._dataplane.remove_flow(effect.flow_id)
-        if connection.fd == NO_DESCRIPTOR:
-            self.unattended.deliver_reset(effect.flow_id)
-        else:
-            self._deliver_reset(connection, 0)
-
-    def _deliver_reset(self, connection: Connection, attempt: int) -> None:
-        """Hand the socket a reset until it has taken one: segments that were still in a queue of the kernel may move what it
-        expects after we have read it, and a reset out of sequence is ignored (RFC 5961)."""
-        if self._connections.get(connection.flow_id) is not connection or connection.released:
-            return
-        if tcp_repair.state(connection.fd) == TCP_CLOSED:
-            return
-        if attempt == RESET_ATTEMPTS:
-            log.error("the kernel socket of a reset flow does not take the reset", flow=connection.flow_id)
-            return
-        self._dataplane.reset(FlowID(connection.flow_id), connection.fd)
-        self._loop.call_later(RESET_RETRY_S * 2**attempt, self._deliver_reset, connection, attempt + 1)
-
-    def _close_transport(self, effect: CloseTransport) -> None:
-        if effect.flow_id in self._connections:
-            self._dataplane.remove_flow(effect.flow_id)
-
-    def _connected(self, effect: Connected) -> None:
-        connection = self._connections.get(effect.flow_id)
-        if connection is None:
-            self.datagrams.flows.connected(effect)
-            return  # or the transport could not be opened; FlowEnded follows and tells
-        pending = self._pending.pop(effect.flow_id, None)
-        if pending is None:
-            connection.abort()
-            return
-        connection.service_id = pending.service_id
-        self.services.flow_opened(connection, "active")
-        pending.on_connected(connection)
-
-    def _connect_failed(self, effect: ConnectFailed) -> None:
-        pending = self._pending.pop(effect.flow_id, None)
-        if pending is None:
-            self.datagrams.flows.connect_failed(effect)
-        else:
-            pending.on_failed(effect.errno, effect.why)
-
-    def _accepted(self, effect: Accepted) -> None:
-        connection = self._connections.get(effect.flow_id)
-        listener = self._listeners.get(effect.listener_id)
-        if connection is None:
-            self.datagrams.flows.accepted(effect)
-            return
-        if listener is None or not listener.holds_backlog:
-            self._sal.accepted_taken(effect.flow_id)
-        connection.service_id = effect.service_id
-        self.services.flow_opened(connection, "passive")
-        if listener is None:
-            connection.abort()
-        else:
-            listener.on_accept(connection)
-
-    def _flow_ended(self, effect: FlowEnded) -> None:
-        connection = self._connections.get(effect.flow_id)
-        if connection is None:
-            pending = self._pending.pop(effect.flow_id, None)
-            if pending is None:
-                self.datagrams.flows.flow_ended(effect)
-            else:
-                pending.on_failed(effect.errno, "the kernel refused the transport")
-            return
-        connection.ended = True
-        self.services.flow_ended(connection, effect.errno)
-        if connection.released:
-            self._forget(connection)
-        elif connection.on_ended is not None:
-            connection.on_ended(effect.errno)
-
-    def _forget(self, connection: Connection) -> None:
-        """The last step: flow gone, application done. The socket goes down silently."""
-        if self._connections.pop(connection.flow_id, None) is not None:
-            self._dataplane.remove_flow(FlowID(connection.flow_id))
-            if connection.fd == NO_DESCRIPTOR:
-                self.unattended.forget(FlowID(connection.flow_id))
-            else:
-                self._dataplane.take_down(connection.fd)
