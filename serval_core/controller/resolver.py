@@ -27,6 +27,7 @@ PRIORITY_BASE = 10
 PRIORITY_MAX = 30_000
 DELAY_PRIORITY = 0
 QUESTIONS_MAX = 64
+QUESTIONS_OF_OTHERS_MAX = 48  # anybody's packets make a service router ask
 FAILURES_MAX = 4096
 
 
@@ -106,8 +107,8 @@ class Resolver:
             except OurMistake:
                 self.counters["delay_rules_gone_before"] += 1  # an operator removed it by hand
 
-    def delayed(self, service_id: ServiceID) -> None:
-        """Something waits for a service. Decides later, never within this call."""
+    def delayed(self, service_id: ServiceID, *, own: bool = True) -> None:
+        """Something waits for a service, of this host or else of another one. Decides later, never within this call."""
         if service_id in self._questions or not any(each.covers(service_id) for each in self._prefixes):
             return
         loop = asyncio.get_running_loop()
@@ -116,7 +117,7 @@ class Resolver:
         if failed_at is not None and self._now() < failed_at + self._failure_lifetime_s:
             self.counters["known_to_be_unknown"] += 1
             loop.call_soon(self._drop, exact, "nobody knew the service a moment ago")
-        elif len(self._questions) >= QUESTIONS_MAX:
+        elif len(self._questions) >= (QUESTIONS_MAX if own else QUESTIONS_OF_OTHERS_MAX):
             self.counters["too_many_questions"] += 1
             loop.call_soon(self._drop, exact, "too many services are being looked for")
         else:

@@ -187,7 +187,8 @@ class ServiceController:
 
     def _delayed(self, event: Event) -> None:
         if self._resolver is not None:
-            self._resolver.delayed(ServiceID(bytes.fromhex(str(event.fields["service_id"]))))
+            service_id = ServiceID(bytes.fromhex(str(event.fields["service_id"])))
+            self._resolver.delayed(service_id, own=event.fields["origin"] != "forwarded")
 
     def _host_changed(self) -> None:
         if self._host is not None:

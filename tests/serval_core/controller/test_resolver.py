@@ -156,6 +156,23 @@ def test_limits_hold_for_questions_and_rules() -> None:
     play(body)
 
 
+def test_questions_of_others_leave_room_for_our_own() -> None:
+    """Anybody's packets make a service router ask; what its own programs look for is asked for all the same."""
+
+    async def body() -> None:
+        source = Source(hangs=True)
+        game = Play(source, timeout_s=60)
+        for number in range(1, 101):
+            game.resolver.delayed(parse_service(f"0xabcd{number:04x}").service_id, own=False)
+        game.resolver.delayed(SERVICE.service_id)
+        while len(game.dropped) < 52 or not source.asked or source.asked[-1] != SERVICE.service_id:
+            await asyncio.sleep(0)
+        assert len(source.asked) == 49
+        game.resolver.stop()
+
+    play(body)
+
+
 def test_services_that_others_decide_about_are_left_to_them() -> None:
     async def body() -> None:
         source = Source()
