@@ -28,13 +28,18 @@ def flows(as_json: bool) -> None:
 @click.option("--kind", "-k", "kinds", multiple=True, metavar="KIND", help="Only events of this kind. Repeatable.")
 @json_option
 def events(kinds: tuple[str, ...], as_json: bool) -> None:
-    """Follow what happens: services that come and go, rules, delayed packets, flows. One line each, until interrupted."""
+    """Follow what happens: services that come and go, rules, delayed packets, flows. One line each, until interrupted.
+
+    The exit status is 1 when the stack ends.
+    """
     for kind in kinds:
         if kind not in KINDS:
             raise Misconfigured(f"--kind {kind}", f"there is no such event{nearest(kind, sorted(KINDS))}")
     arguments = {"kinds": list(kinds)} if kinds else {}
-    for event in StackSocketClient().stream("events", **arguments):
-        click.echo(json.dumps(event) if as_json else _event_text(event))
+    with contextlib.suppress(KeyboardInterrupt):
+        for event in StackSocketClient().stream("events", **arguments):
+            click.echo(json.dumps(event) if as_json else _event_text(event))
+        raise RequestFailed("the Serval stack of this network namespace has ended")
 
 
 @click.command()

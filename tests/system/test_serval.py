@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lab.native import SERVAL, running, serval, serval_json, start_servald
 from lab.traffic import PROJECT
 from lab.waiting import wait_for
 from serval_core import aio
+from serval_core.stack_socket import StackSocketClient
 
 SERVICE = "76568"
 
@@ -201,6 +203,26 @@ def test_events_flows_and_counters_of_a_connection(site: Site) -> None:
             assert kinds[-2:] == ["flow_opened", "flow_ended"]
     counters = {each["counter"]: each["value"] for each in serval_json(site.near, "stats")}
     assert counters["native_connected"] == 1
+
+
+def test_events_end_with_the_stack_or_an_interrupt(lab: Lab) -> None:
+    host = lab.host("h")
+    daemon = start_servald(host, lab.directory / "h.log")
+
+    def told(follower: subprocess.Popen[str]) -> bool:
+        for request in ("service_add", "service_delete"):
+            host.call(StackSocketClient(5).request, request, service="5", address="10.1.0.9")
+        return select_readable(follower)
+
+    with running(host, *SERVAL, "events") as interrupted, running(host, *SERVAL, "events", "--json") as left:
+        for follower in (interrupted, left):
+            wait_for(lambda follower=follower: told(follower), "it follows", 20)
+        interrupted.send_signal(signal.SIGINT)
+        _, complaint = interrupted.communicate(timeout=20)
+        assert (complaint, interrupted.returncode) == ("", 0)
+        assert daemon.stop() == 0
+        _, complaint = left.communicate(timeout=20)
+        assert (complaint, left.returncode) == ("serval: the Serval stack of this network namespace has ended\n", 1)
 
 
 def select_readable(process: subprocess.Popen[str]) -> bool:
