@@ -20,7 +20,7 @@ from serval_core.access_policy import AccessPolicy, AccessRule, Principals
 from serval_core.names import parse_service
 from serval_core.native_protocol import DATAGRAM, DATAGRAM_MARK, NATIVE_SOCKET_ADDRESS
 from serval_core.rules import Rule
-from serval_core.sockets import create_server
+from serval_core.sockets import ServalSocket, create_connection, create_server
 from tests.serval_core.stack_thread import StackThread
 
 SERVICE = "00012b18" + "0" * 56
@@ -174,6 +174,36 @@ def test_program_that_reads_no_refusals_keeps_its_datagram_socket(stack: StackTh
     wait_for(lambda: stack.counters()["native_datagrams_not_read"] > 0, "its queue is full")
     assert answer(raw) == errno.EHOSTUNREACH
     assert stack.call(lambda: len(stack.stack.native._clients)) == 1
+
+
+def test_limit_of_accepted_connections(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond it are refused to the client, who hears of it, and room comes back with each that ends."""
+    monkeypatch.setattr(native_service, "USER_FLOW_LIMIT", 2)
+    client, server = lab.host("client"), lab.host("server")
+    lab.connect(client, "10.1.0.1/24", server, "10.1.0.2/24")
+    with StackThread(client) as near, StackThread(server) as far, ExitStack() as open_sockets:
+        trust_nobody(far, AccessRule(parse_service("76568"), bind=Principals(everybody=True)))
+        listener = open_sockets.enter_context(far.host.call(lambda: create_server("76568", 50)))
+        listener.settimeout(10)
+
+        def connection() -> ServalSocket:
+            return open_sockets.enter_context(near.host.call(lambda: create_connection("76568", 10)))
+
+        first, _ = connection(), connection()
+        with pytest.raises(ConnectionResetError):
+            connection().recv(1)
+        assert far.counters()["native_refused_by_limit"] == 1
+        first.close()
+        for _ in range(2):
+            accepted, _ = listener.accept()
+            accepted.close()
+        wait_for(lambda: far.counters()["unattended_flows"] < 2, "one has ended")
+        connection().sendall(b"x")
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(10)
+            assert accepted.recv(1) == b"x"
+        wait_for(lambda: far.call(lambda: far.stack.half_open) == 0, "nothing counts as not accepted")
 
 
 class _Capabilities(ctypes.Structure):
