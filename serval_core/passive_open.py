@@ -23,7 +23,7 @@ from serval_core.retransmission import backed_off_s
 from serval_core.rules import Rule
 from serval_core.sal_settings import Authenticate
 from serval_core.states import Action, Event, State
-from serval_core.wire import tcp_segment
+from serval_core.wire import encapsulation, tcp_segment
 from serval_core.wire.ipv4 import IPv4Packet
 from serval_core.wire.sal import (
     ACK,
@@ -306,7 +306,7 @@ class PassiveOpen:
 
     def _send_syn_ack(self, flow: Flow, now: float) -> None:
         core = self._core
-        core.send_control(
+        packet = core.control_packet(
             flow,
             SYN | ACK,
             flow.initial_verno,
@@ -314,6 +314,11 @@ class PassiveOpen:
             transport=transport_part.of_syn_ack(flow, core.settings),
             key=b"" if flow.key_pair is None else flow.key_pair.public,
         )
+        if flow.outer_ports is not None and flow.source_addresses:
+            # The client's NAT expects an answer of the service router that the SYN went to (SPEC 8, 3.6).
+            source, said = flow.source_addresses[1], encapsulation.payload_of(packet)
+            packet = encapsulation.emit(source, flow.peer_address, flow.outer_ports, said)
+        core.effects.append(SendPacket(packet, flow.peer_address, flow.interface_index))
         wait_s = backed_off_s(flow.timeout_s, flow.retransmissions, core.settings.request_expiry_s)
         core.restart_retransmission(flow, now + wait_s, self._repeat_syn_ack)
 

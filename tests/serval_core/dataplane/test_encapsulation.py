@@ -103,6 +103,28 @@ def test_behind_a_nat(path: tuple[Host, Host, Host]) -> None:
         assert_idle(client, server)
 
 
+def test_behind_a_nat_through_a_service_router(lab: Lab) -> None:
+    """The server answers in the name of the service router, or the client's NAT would not let the answer in."""
+    client_host, nat = lab.host("client"), lab.host("nat")
+    router_host, server_host = lab.host("service-router"), lab.host("server")
+    lab.connect(client_host, "192.168.7.2/24", nat, "192.168.7.1/24")
+    lab.switch("network", {nat: f"{PUBLIC}/24", router_host: "10.2.0.2/24", server_host: "10.2.0.1/24"})
+    client_host.add_route("default", "192.168.7.1")
+    nat.forward()
+    masquerade(nat, 4000)
+    with (
+        StackThread(client_host, sal=UDP) as client,
+        StackThread(router_host, sal=SalSettings(forwarding=True)) as router,
+        StackThread(server_host, sal=ANY) as server,
+    ):
+        client.forward(SERVICE, "10.2.0.2")
+        router.forward(SERVICE, "10.2.0.1")
+        near, far = connected(client, server)
+        assert framings(client, server) == ["udp", "udp"]
+        exchange(near, far, 500_000, 500_000)
+        assert_idle(client, server)
+
+
 def test_a_nat_that_forgets_and_chooses_another_port(path: tuple[Host, Host, Host]) -> None:
     """The server sees it by the client's keepalives, makes sure, and goes on."""
     masquerade(path[1], 4000)
