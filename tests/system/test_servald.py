@@ -233,6 +233,11 @@ def test_started_by_the_service_manager(lab: Lab) -> None:
         daemon = host.popen(command, cwd=PROJECT, env=environment, stdin=listener.fileno(), stderr=subprocess.DEVNULL)
         assert notified.recv(100) == b"READY=1"
         wait_for(lambda: bound(host, SERVICE), "the program that waited is served", 20)
+        daemon.kill()
+        daemon.wait(20)
+        daemon = host.popen(command, cwd=PROJECT, env=environment, stdin=listener.fileno(), stderr=subprocess.DEVNULL)
+        assert notified.recv(100) == b"READY=1"
+        wait_for(lambda: bound(host, SERVICE), "the program waited for the next daemon, too", 20)
         daemon.terminate()
         assert notified.recv(100) == b"STOPPING=1"
         assert daemon.wait(20) == 0

@@ -69,3 +69,13 @@ def test_an_aggregate_stands_for_all_within_it_while_there_is_any() -> None:
     total.offers.registered(parse_service("0xabce01"), 1)
     total.offers.registered(AGGREGATE, 1)
     assert set(total.offered) == {SERVICE, AGGREGATE, parse_service("0xab:8")}
+
+
+def test_other_usual_terms_hold_at_once_for_all_without_terms_of_their_own() -> None:
+    total = Sum(AGGREGATE)
+    own = parse_service("5")
+    for prefix in (SERVICE, own, INSIDE):
+        total.offers.bound(prefix)
+    total.offers.set_terms(own, 7, 8)
+    total.offers.set_usual_terms(3, 4)
+    assert total.offered == {SERVICE: (3, 4), own: (7, 8), AGGREGATE: (3, 4)}

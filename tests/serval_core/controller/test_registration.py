@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from serval_core.controller.authentication import Signer
+from serval_core.controller.policy import Requirement
 from serval_core.controller.registration import Way
+from serval_core.identity import Identity
 from serval_core.names import parse_service
 from serval_core.wire.control_messages import MessageType, parse_registration
 from serval_core.wire.registration_offer import Offer, parse_extension
@@ -164,3 +169,22 @@ def test_an_end_that_was_taken_back_and_comes_after_all_is_told() -> None:
     deliver(host, router)
     assert router.rules() == set()
     assert host.role._told == {}
+
+
+def test_a_router_that_is_left_is_told_so_and_one_that_is_found_again_everything() -> None:
+    """Under the key that made the registrations, as no other may end them."""
+    first, second = Signer([Identity(Ed25519PrivateKey.generate())]), Signer([Identity(Ed25519PrivateKey.generate())])
+    host, router = Host(signer=first), Router(default=Requirement.SIGNED)
+    host.offer()
+    host.offer(OTHER_SERVICE)
+    deliver(host, router)
+    host.withdraw(OTHER_SERVICE)
+    for outgoing in host.role.leave(host.role.ways, host.now, host.wall):
+        router.receive(outgoing.payload, host.address)
+    assert router.rules() == set()
+    assert host.payloads() == []
+    host.role.set_signer(second)
+    host.move(host.address)
+    deliver(host, router)
+    assert router.rules() == {("76568", "10.0.0.1", 1, 1)}
+    assert router.refusals() == {}

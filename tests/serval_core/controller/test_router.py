@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serval_core.controller import router as reasons
 from serval_core.controller.authentication import Signer
+from serval_core.controller.policy import PrefixPolicy, RegistrationPolicy, Requirement
+from serval_core.controller.router import RouterLimits
 from serval_core.names import ServiceID, ServicePrefix, parse_address, parse_service
 from serval_core.rules import Rule, RuleType
 from serval_core.wire import control_messages, registration_offer
@@ -261,3 +265,19 @@ def test_table_and_directory_always_agree_with_what_was_registered(
     assert {(str(each.prefix), each.address) for each in stored} == {
         (name, parse_address(address)) for name, address in model
     }
+
+
+def test_another_policy_ends_what_it_refuses_and_other_limits_hold_for_what_comes() -> None:
+    router = Router()
+    for last in (1, 2):
+        router.receive(register(), parse_address(f"10.0.0.{last}"))
+    networks = (IPv4Network("10.0.0.2/32"),)
+    policy = RegistrationPolicy([PrefixPolicy(SERVICE, Requirement.OPEN, networks=networks)], Requirement.OPEN, 8)
+    router.role.set_policy(policy, RouterLimits(weight_max=5), router.now)
+    assert router.rules() == {("76568", "10.0.0.2", 1, 1)}
+    assert router.news[-1] == ("unregistered", {"prefix": "76568", "address": "10.0.0.1", "why": "refused_by_policy"})
+    assert router.weights[-1] == (SERVICE, 1)
+    router.receive(register(), HOST)
+    router.receive(register() + emit_extension(Offer(1, 6, 50)), OTHER)
+    assert router.refusals() == {"foreign_network": 1, "weight_too_high": 1}
+    assert router.rules() == {("76568", "10.0.0.2", 1, 1)}
