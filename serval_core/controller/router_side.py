@@ -12,6 +12,7 @@ import structlog
 
 from serval_core.controller.directory import Directory
 from serval_core.controller.discovery import Announcer
+from serval_core.controller.flood_limits import TokenBucket
 from serval_core.controller.plan import ControllerPlan
 from serval_core.controller.policy import RegistrationPolicy
 from serval_core.controller.router import RegistrationRouter
@@ -24,6 +25,8 @@ from serval_core.wire.router_discovery import DISCOVERY_SERVICE
 log = structlog.get_logger("serval_core.controller")
 
 REFUSALS_LOGGED_EVERY_S = 10.0
+NEWS_LOGGED_PER_S = 10.0
+NEWS_LOGGED_AT_ONCE = 100
 
 
 class RouterSide:
@@ -45,6 +48,7 @@ class RouterSide:
         self._upstream = upstream
         self._wake = wake
         self._refusals = _RefusalLog()
+        self._news = _NewsLog(time.monotonic())
         router = plan.settings.router
         self.announcer = Announcer(router.announced_s, plan.router_identity)
         self.role = RegistrationRouter(
@@ -136,7 +140,7 @@ class RouterSide:
         if kind == "registration_refused":
             self._refusals.refused(fields, time.monotonic())
         else:
-            log.info(kind, **fields)
+            self._news.happened(kind, fields, time.monotonic())
         self._stack.events.publish(kind, **fields)
 
 
@@ -158,3 +162,19 @@ class _RefusalLog:
             return
         self._next[reason] = now + REFUSALS_LOGGED_EVERY_S
         log.warning("registration refused", **fields, more_since_last=self._unsaid.pop(reason, 0))
+
+
+class _NewsLog:
+    """Says what comes and goes; when that is much, some of it, and how much more there was."""
+
+    def __init__(self, now: float) -> None:
+        self._bucket = TokenBucket(NEWS_LOGGED_PER_S, NEWS_LOGGED_AT_ONCE, now)
+        self._unsaid = 0
+
+    def happened(self, kind: str, fields: dict[str, object], now: float) -> None:
+        if not self._bucket.take(now):
+            self._unsaid += 1
+            return
+        more = {"more_since_last": self._unsaid} if self._unsaid else {}
+        self._unsaid = 0
+        log.info(kind, **fields, **more)

@@ -30,6 +30,8 @@ from serval_core.service_events import Event
 from serval_core.stack import ServalStack
 from serval_core.stack_socket_server import Handler
 
+RETRY_S = 1.0
+
 
 class ServiceController:
     """The controller of one stack. All calls are made on the stack's loop."""
@@ -206,11 +208,14 @@ class ServiceController:
             self._timer = None
         sides = [side for side in (self._host, self._router) if side is not None]
         now, wall = time.monotonic(), time.time()
-        for side in sides:
-            side.run(now, wall)
-        due = min((each for side in sides if (each := side.next_timeout()) is not None), default=None)
-        if due is not None:
-            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._wake)
+        due: float | None = now + RETRY_S  # unless all goes well; the loop says what did not
+        try:
+            for side in sides:
+                side.run(now, wall)
+            due = min((each for side in sides if (each := side.next_timeout()) is not None), default=None)
+        finally:
+            if due is not None:
+                self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._wake)
 
 
 def _handler(answer: Callable[[], object]) -> Handler:

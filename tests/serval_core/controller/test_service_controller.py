@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from lab.hosts import Host, Lab
 from lab.waiting import wait_for
@@ -19,13 +22,15 @@ from serval_core.controller.settings import (
     RegistrationSection,
     RouterSection,
 )
-from serval_core.errors import OurMistake
+from serval_core.errors import KernelRefused, OurMistake
 from serval_core.identity import create_identity
 from serval_core.names import ServicePrefix, format_address, parse_service
+from serval_core.rules import Rule
 from serval_core.stack_socket import RequestFailed, StackNotRunning, StackSocketClient
 from tests.serval_core.stack_thread import StackThread
 
 from .controlled import ROOT, Controlled, host_settings, router_settings, start_process
+from .memory import CLIENT_ID, OTHER, register, unregister
 
 SERVICE = "76568"
 
@@ -159,6 +164,48 @@ def test_a_router_that_starts_later_is_found_and_one_that_ends_is_left(network: 
             router.wait_rules((SERVICE, "10.1.0.2", 1))
             left.wait_rules(("default", "10.1.0.4", 1), origin="default")
         left.wait_rules(origin="default")
+
+
+def test_one_failure_does_not_end_the_refreshes(network: dict[str, Host]) -> None:
+    """The kernel refuses to answer once, or a part has a defect: that is said, and all goes on."""
+    failures: list[str] = []
+    defects: list[BaseException | None] = []
+
+    def fail_once(kind: str, rule: Rule) -> None:
+        if rule.origin == "default" and not failures:
+            failures.append(kind)
+            raise KernelRefused("sendto", errno.ENOBUFS, "")
+
+    with Controlled(network["left"], host_settings(refresh_s=0.3, lifetime_s=2.0)) as left:
+        left.call(
+            lambda: asyncio.get_running_loop().set_exception_handler(
+                lambda _, context: defects.append(context.get("exception"))
+            )
+        )
+        left.call(lambda: left.stack.table.on_change(fail_once))
+        with Controlled(network["router"], router_settings()) as router:
+            left.listen(SERVICE)
+            wait_for(lambda: failures, "the failure")
+            wait_for(lambda: router.controller_counters().get("router_refreshed", 0) > 5, "refreshes after it")
+            assert router.rules() == {(SERVICE, "10.1.0.2", 1)}
+        assert [type(each) for each in defects] == [KernelRefused]
+
+
+def test_a_flood_of_registrations_does_not_fill_the_log(router: Controlled) -> None:
+    """What comes and goes is said for a while, then counted."""
+    side = router.controller._router
+    assert side is not None
+
+    def flood() -> None:
+        for number in range(1, 251):
+            for payload in (register(parse_service(str(number))), unregister(parse_service(str(number)))):
+                side.role.message_received(payload, CLIENT_ID, OTHER, time.monotonic(), time.time())
+
+    with structlog.testing.capture_logs() as lines:
+        router.call(flood)
+    said = [line for line in lines if line["event"] in ("registered", "unregistered")]
+    assert 100 <= len(said) < 200
+    wait_for(lambda: len(router.news) >= 1000, "all are published")  # with the events of the rules
 
 
 def test_a_router_that_was_found_does_not_hide_hosts_that_do_not_register(
