@@ -194,6 +194,7 @@ class Stage:
     def _dead_path(self, scene: Scene) -> Move:
         """The path dies and comes back; the flow finds another one and is brought back, so that none stays in bad repute."""
         way = scene.way(self._far)
+        time.sleep(WARM_UP_S)
         move = scene.drop(self._far)
         self._findings.expect(scene.way(self._far) != way, "a flow is said to have left a dead path, and is there still")
         scene.by_hand(self._far, way)
@@ -274,7 +275,7 @@ def report(findings: Seen, duration_s: float) -> None:
     console.print(table)
     console.print(
         "again: segments that the sending side's TCP repeated, median of the moves; timeouts: of TCP, in all of them.\n"
-        f"other subnet: includes {VM_PAUSE_S:g} s without network. dead path: found dead by sending in vain for a while."
+        f"other subnet: includes {VM_PAUSE_S:g} s without network. dead path: known to be dead after sending in vain for a while."
     )
     by_hand = [move.gap_s for kind in (SERVER_BY_HAND, CLIENT_BY_HAND) for move in findings.moves.get(kind, [])]
     if by_hand:

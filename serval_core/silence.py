@@ -15,10 +15,10 @@ _GROWTHS_MIN = 2  # looks in a row at which more had been sent
 
 
 class _Record:
-    __slots__ = ("began_at", "growths", "looked_at", "packets_in", "packets_out")
+    __slots__ = ("began_at", "first_packets_in", "growths", "looked_at", "packets_in", "packets_out")
 
     def __init__(self, packets_out: int, packets_in: int, now: float) -> None:
-        self.packets_in = packets_in
+        self.packets_in = self.first_packets_in = packets_in
         self.packets_out = packets_out
         self.looked_at = now
         self.restart()
@@ -61,6 +61,11 @@ class SilenceWatch:
             return False
         record.restart()
         return True
+
+    def answers(self, flow_id: FlowID) -> int:
+        """How many packets the flow has received on its present path since that was first looked at."""
+        record = self._records.get(flow_id)
+        return 0 if record is None else record.packets_in - record.first_packets_in
 
     def restart(self, flow_id: FlowID) -> None:
         """The flow has another path."""

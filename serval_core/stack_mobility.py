@@ -35,6 +35,7 @@ GATHER_S = 0.1
 LOOK_INTERVAL_S = 0.5
 LOOK_FLOWS = 1000  # counters that are read at a time, some 2 µs each
 MEASURED_FLOWS = 64  # sockets that are asked at a time
+CARRIES_PACKETS = 16  # received on a path, they show that it carried data of every size, so that silence has another reason
 SETTLING_S = 2.0  # after a move, TCP's measurements are still those of the old path
 
 
@@ -185,7 +186,7 @@ class AutomaticMobility:
                 flow = self._sal.live_flow(flow_id)
                 if flow is None:
                     continue
-                if self.mobility.is_alive(flow, now):
+                if self.mobility.is_alive(flow, now) and self._silence.answers(flow_id) < CARRIES_PACKETS:
                     self._sal.try_smaller_packets(flow_id)
                 elif (decision := self.mobility.silent(flow, now)) is not None:
                     decisions.append(decision)

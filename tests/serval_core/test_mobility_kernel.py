@@ -13,8 +13,9 @@ import pytest
 from lab.hosts import Host, Lab
 from lab.waiting import wait_for
 from serval_core.mobility_settings import InterfaceEntry, MobilitySection, MobilitySettings
-from serval_core.names import format_address
+from serval_core.names import FlowID, format_address
 from serval_core.sal_settings import SalSettings
+from serval_core.stack_mobility import CARRIES_PACKETS
 from tests.serval_core.controller.controlled import Controlled, host_settings, router_settings
 from tests.serval_core.stack_thread import StackThread, Stream
 from tests.serval_core.two_paths import CLIENT, SERVER, Mover, Transfer, two_paths
@@ -164,13 +165,28 @@ def test_a_flow_waits_until_there_is_a_path_again(ends: Ends) -> None:
     ends.finish()
 
 
-def test_a_path_dies_without_a_sign(ends: Ends) -> None:
-    """The router still has its carrier, and forwards nothing to or from the server's first network."""
-    ends.router.run(["nft", "add table ip f; add chain ip f c { type filter hook forward priority 0; }"])
+def drop_all_of(router: Host, address: str) -> None:
+    """The router still has its carrier, and forwards nothing to or from that address."""
+    router.run(["nft", "add table ip f; add chain ip f c { type filter hook forward priority 0; }"])
     for word in ("saddr", "daddr"):
-        ends.router.run(["nft", f"add rule ip f c ip {word} {SERVER[0]} drop"])
+        router.run(["nft", f"add rule ip f c ip {word} {address} drop"])
+
+
+def test_a_path_dies_without_a_sign(ends: Ends) -> None:
+    drop_all_of(ends.router, SERVER[0])
     assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[1]
     ends.goes_on()
+    ends.finish()
+
+
+def test_a_path_dies_soon_after_a_flow_has_come_to_it(ends: Ends) -> None:
+    """Data of every size got through before, so the peer's answer to the move does not mean that packets are too large."""
+    assert ends.far_moves.move(ends.far_id, "eth1")["address"] == SERVER[1]
+    silence = ends.server.stack.mobility._silence
+    wait_for(lambda: silence.answers(FlowID(ends.far_id)) >= CARRIES_PACKETS, "answers on the new path")
+    drop_all_of(ends.router, SERVER[1])
+    assert ends.far_moves.outcome(ends.far_id, "local")["address"] == SERVER[0]
+    assert ends.server.counters().get("path_mtu_tried", 0) == 0
     ends.finish()
 
 

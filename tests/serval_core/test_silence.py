@@ -50,3 +50,14 @@ def test_another_path_begins_a_new_count_and_flows_are_forgotten() -> None:
     assert len(watch) == 1
     watch.keep_only(set())
     assert len(watch) == 0
+
+
+def test_answers_are_counted_for_each_path() -> None:
+    watch = SilenceWatch()
+    assert watch.answers(FLOW) == 0
+    for packets_in in (100, 103, 103, 109):
+        watch.looked(FLOW, 5, packets_in, SILENCE_S, 100.0)
+    assert watch.answers(FLOW) == 9
+    watch.restart(FLOW)
+    watch.looked(FLOW, 5, 110, SILENCE_S, 110.0)
+    assert watch.answers(FLOW) == 0
