@@ -7,9 +7,10 @@ from translator.config import CONNECTION_LIMIT, Settings
 
 # The stack, BPF, logs, clients of the stack socket.
 RESERVED_DESCRIPTORS = 512
-# The client's socket and the flow's; and while large amounts are moving, a pipe for each direction.
-DESCRIPTORS_PER_CLIENT = 2
-DESCRIPTORS_PER_BUSY_CLIENT = 6
+# The client's socket, the flow's, and the port that stands for the flow in framing native; and while large amounts are moving, a
+# pipe for each direction.
+DESCRIPTORS_PER_CLIENT = 3
+DESCRIPTORS_PER_BUSY_CLIENT = 7
 
 
 def connection_limit(settings: Settings, descriptors: int) -> int:

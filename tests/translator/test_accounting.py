@@ -61,14 +61,14 @@ def _settings(limit: int | None, ports: str = "80") -> Settings:
 
 def test_the_default_limit_adapts_to_the_descriptors() -> None:
     assert connection_limit(_settings(None), 1_000_000) == 20_000
-    assert connection_limit(_settings(None), RESERVED_DESCRIPTORS + 1 + 600) == 100
-    assert connection_limit(_settings(None, "1-100"), RESERVED_DESCRIPTORS + 100 + 600) == 100
+    assert connection_limit(_settings(None), RESERVED_DESCRIPTORS + 1 + 700) == 100
+    assert connection_limit(_settings(None, "1-100"), RESERVED_DESCRIPTORS + 100 + 700) == 100
 
 
 def test_an_explicit_limit_is_obeyed_or_refused() -> None:
-    assert connection_limit(_settings(100), RESERVED_DESCRIPTORS + 1 + 200) == 100
+    assert connection_limit(_settings(100), RESERVED_DESCRIPTORS + 1 + 300) == 100
     with pytest.raises(Misconfigured, match=r"--connection-limit 101 .* \(nearest: 100\)"):
-        connection_limit(_settings(101), RESERVED_DESCRIPTORS + 1 + 200)
+        connection_limit(_settings(101), RESERVED_DESCRIPTORS + 1 + 300)
 
 
 def test_more_ports_than_descriptors_are_refused() -> None:
