@@ -64,10 +64,10 @@ def _flow_of(core: Core, quoted: bytes) -> tuple[Flow, bool] | None:
 
 def suspected(core: Core, flow: Flow) -> None:
     """Data is not answered, but RSYNs are: perhaps only what is large does not get through."""
-    smaller = next((each for each in TRIED_BYTES if each < flow.mtu_bytes), None)
-    if smaller is not None:
+    smaller = next((each for each in TRIED_BYTES if each < flow.mtu_bytes), MTU_MIN_BYTES)
+    if smaller < flow.mtu_bytes:
         core.counters["path_mtu_tried"] += 1
-        _limit(core, flow, smaller)
+    _limit(core, flow, smaller)
 
 
 def _limit(core: Core, flow: Flow, mtu_bytes: int) -> None:
@@ -75,4 +75,5 @@ def _limit(core: Core, flow: Flow, mtu_bytes: int) -> None:
     if mtu_bytes < flow.mtu_bytes:
         flow.mtu_bytes = mtu_bytes
         core.counters["path_mtu_lowered"] += 1
-        core.effects.append(LimitSegments(flow.flow_id, mtu_bytes))
+    # Also when it is no news: the kernel forgets what it was told (net.ipv4.route.mtu_expires), and sends large ones again.
+    core.effects.append(LimitSegments(flow.flow_id, min(mtu_bytes, flow.mtu_bytes)))

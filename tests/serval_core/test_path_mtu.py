@@ -96,12 +96,14 @@ class Sender:
         return [each.mtu_bytes for each in self.host.sal.take_effects() if isinstance(each, LimitSegments)]
 
 
-def test_an_error_that_knows_the_flow_lowers_its_mtu_once() -> None:
+def test_the_kernel_is_told_again_what_it_has_forgotten() -> None:
+    """It sends large packets again after `net.ipv4.route.mtu_expires`, and a router complains again."""
     sender = Sender()
-    for _ in range(2):
-        sender.host.sal.packet_too_big(sender.quoted(), 1300)
-    assert sender.limits() == [1300]
+    for mtu_bytes in (1300, 1300, 1400):
+        sender.host.sal.packet_too_big(sender.quoted(), mtu_bytes)
+    assert sender.limits() == [1300] * 3
     assert sender.flow.mtu_bytes == 1300
+    assert sender.host.sal.counters["path_mtu_lowered"] == 1
 
 
 def test_an_error_without_a_size_means_the_next_plateau() -> None:
@@ -129,11 +131,13 @@ def test_forged_and_meaningless_errors_change_nothing() -> None:
     assert sal.counters["dropped_meaningless_icmp_error"] == 1
 
 
-def test_sizes_that_are_tried_become_smaller_and_end() -> None:
+def test_sizes_that_are_tried_become_smaller_and_stay_at_the_least() -> None:
+    """Once nothing smaller is left, the kernel may still have forgotten what it was told."""
     sender = Sender()
-    for _ in range(20):
+    for _ in range(4):
         sender.host.sal.try_smaller_packets(sender.flow.flow_id)
-    assert sender.limits() == [1280, MTU_MIN_BYTES]
+    assert sender.limits() == [1280] + 3 * [MTU_MIN_BYTES]
+    assert sender.host.sal.counters["path_mtu_tried"] == 2
 
 
 class Ports:
