@@ -67,8 +67,8 @@ class Timeline:
         return Gap(before, after - before)
 
     def rates(self, began: float, ended: float, bin_s: float) -> list[float]:
-        """Bits per second in each `bin_s` between the two times."""
-        bits = [0] * round((ended - began) / bin_s)
+        """Bits per second in each whole `bin_s` between the two times."""
+        bits = [0] * int((ended - began) / bin_s)
         for at in range(bisect_left(self._times, began), bisect_left(self._times, ended)):
             slot = int((self._times[at] - began) / bin_s)
             if slot < len(bits):

@@ -40,6 +40,7 @@ PORT = 8080
 RATE = "1gbit"
 SHARED_S = 4.0  # how long two downloads share a wire, and how long they do not
 WARM_UP_S = 1.0
+BETWEEN_CUTS_S = 0.5
 TARGET_GAP_S = 0.020
 NO_MOVE, SERVER_BY_HAND, CLIENT_BY_HAND = "no move, to compare", "server, by hand", "client, by hand"
 NICENESS = -10  # what else runs on this machine makes gaps, too
@@ -49,11 +50,11 @@ class Plan(NamedTuple):
     """How many moves of each kind."""
 
     by_hand: int = 24
-    lost: int = 6
-    silent: int = 3
-    subnet: int = 4
-    client_by_hand: int = 6
-    client_lost: int = 4
+    lost: int = 8
+    silent: int = 4
+    subnet: int = 5
+    client_by_hand: int = 10
+    client_lost: int = 6
 
 
 PLAN = Plan()
@@ -154,7 +155,7 @@ class Stage:
             go = partial(self._moves, progress)
             go(NO_MOVE, plan.by_hand, scene.still)
             go(SERVER_BY_HAND, plan.by_hand, lambda: scene.by_hand(far, other(scene.way(far))))
-            go("server, wire cut", plan.lost, lambda: scene.lose(far))
+            go("server, wire cut", plan.lost, lambda: self._cut(scene, far))
             go("server, dead path", plan.silent, lambda: self._dead_path(scene))
             if scene.way(far) != WAYS[0]:
                 scene.by_hand(far, WAYS[0])
@@ -162,7 +163,7 @@ class Stage:
             self._as_virtual_machine(scene, download, partial(go, "server, other subnet", plan.subnet))
             scene.alone(up=True)
             go(CLIENT_BY_HAND, plan.client_by_hand, lambda: scene.by_hand(near, other(scene.way(near))))
-            go("client, wire cut", plan.client_lost, lambda: scene.lose(near))
+            go("client, wire cut", plan.client_lost, lambda: self._cut(scene, near))
         moves = self._findings.moves
         moments = {move.at: kind for kind in moves if kind != NO_MOVE for move in moves[kind]}
         period = Period(began, time.time(), moments)
@@ -190,6 +191,11 @@ class Stage:
         period = Period(began, time.time(), moments)
         title = f"A virtual machine changes subnet, with {VM_PAUSE_S:g} s without network each time"
         self._plot("subnet.png", title, {"download": download.port}, period)
+
+    def _cut(self, scene: Scene, side: Side) -> Move:
+        """A wire is cut and mended, and the picture shows it."""
+        time.sleep(BETWEEN_CUTS_S)
+        return scene.lose(side)
 
     def _dead_path(self, scene: Scene) -> Move:
         """The path dies and comes back; the flow finds another one and is brought back, so that none stays in bad repute."""

@@ -37,7 +37,7 @@ def write_plot(path: Path, title: str, arrivals: Arrivals, ports: Mapping[str, i
     axes.set(title=title, xlabel="seconds", ylabel="Mbit/s at the client", xlim=(0, period.ended - period.began))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 

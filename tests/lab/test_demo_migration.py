@@ -23,6 +23,7 @@ def short(monkeypatch: pytest.MonkeyPatch, root: None) -> None:
     """The same demonstration with less to wait for."""
     monkeypatch.setattr(demo_migration, "SHARED_S", 0.3)
     monkeypatch.setattr(demo_migration, "WARM_UP_S", 0.2)
+    monkeypatch.setattr(demo_migration, "BETWEEN_CUTS_S", 0.0)
 
 
 def test_it_ends_with_0_when_all_is_as_it_should_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
