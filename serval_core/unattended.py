@@ -147,7 +147,7 @@ class UnattendedFlows:
 
     def _look(self) -> None:
         """Look at some of the sockets, in turn."""
-        self._timer = None
+        self._timer = self._loop.call_later(LOOK_INTERVAL_S, self._look) if self._holders else None
         if self._looked_at >= len(self._holders):
             self._looked_at = 0
         flows = list(islice(self._holders, self._looked_at, self._looked_at + SOCKETS_PER_LOOK))
@@ -159,8 +159,6 @@ class UnattendedFlows:
             for flow_id in gone:
                 self._gone(flow_id)
             self._run_effects()
-        if self._holders:
-            self._timer = self._loop.call_later(LOOK_INTERVAL_S, self._look)
 
     def _gone(self, flow_id: FlowID) -> None:
         """The kernel has no socket for this flow any more, and its SAL waits for one."""

@@ -15,8 +15,10 @@ import pytest
 
 from lab.hosts import Lab
 from lab.waiting import wait_for
-from serval_core import sockets
-from serval_core.names import parse_service
+from serval_core import sockets, unattended
+from serval_core.dataplane.kernel import SocketState
+from serval_core.errors import KernelRefused
+from serval_core.names import FlowID, parse_service
 from serval_core.sal_settings import SalSettings
 from tests.serval_core.native_hosts import SERVICE, NativeHosts, in_thread, program, receive_all
 from tests.serval_core.stack_thread import StackThread
@@ -267,6 +269,27 @@ def test_half_closed_flow_of_a_dead_program_does_not_stay(hosts: NativeHosts) ->
     assert far.recv(1) == b""
     wait_for(lambda: hosts.near.flows() == [], "the flow is gone", 20)
     far.close()
+
+
+def test_one_failure_does_not_end_the_looking_at_sockets(
+    hosts: NativeHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sockets that the kernel gives up on are found by looking only."""
+    monkeypatch.setattr(unattended, "LOOK_INTERVAL_S", 0.02)
+    dataplane = hosts.near.stack._dataplane
+    look, looks = dataplane.look, []
+
+    def fail_once(flow_id: FlowID) -> SocketState | None:
+        looks.append(flow_id)
+        if len(looks) == 1:
+            raise KernelRefused("BPF_PROG_TEST_RUN", errno.ENOMEM, "")
+        return look(flow_id)
+
+    monkeypatch.setattr(dataplane, "look", fail_once)
+    near, far = hosts.pair()
+    wait_for(lambda: len(looks) > 3, "it is looked at again")
+    near.sendall(b"x")
+    assert far.recv(1) == b"x"
 
 
 def test_stack_that_stops_resets_its_programs_and_their_peers(lab: Lab) -> None:
