@@ -23,7 +23,7 @@ from lab.waiting import wait_for
 from tests.peers.application import Behaviour
 from tests.peers.prototype import PrototypeClient, lose_at_random
 from tests.peers.prototype_flow import Flow
-from tests.peers.raw_wire import Loss, lose_nothing
+from tests.peers.prototype_peer import Options
 
 NEAR, FAR, EVERYBODY = "10.9.0.1", "10.9.0.2", "10.9.0.255"
 WEB = 80
@@ -57,8 +57,13 @@ def assert_idle(side: TranslatorProcess) -> None:
     wait_for(idle, "the translator to let go of its flows")
 
 
-def http_server(answer: bytes, lose: Loss = lose_nothing) -> OddServer:
-    return OddServer(HttpFlow, OUR_SERVICE, Behaviour(answer), options(lose))
+def lossy(seed: int) -> Options:
+    """Stays long enough in TIMEWAIT to answer a FIN that we repeat after a second, should its acknowledgement be what is lost."""
+    return options(lose_at_random(0.02, seed=seed), linger_s=2.5)
+
+
+def http_server(answer: bytes, how: Options | None = None) -> OddServer:
+    return OddServer(HttpFlow, OUR_SERVICE, Behaviour(answer), how or options())
 
 
 def curl(pair: Pair, *arguments: str | Path) -> str:
@@ -92,7 +97,7 @@ def test_curl_uploads_to_a_prototype_server(pair: Pair) -> None:
 def test_curl_downloads_over_a_lossy_wire(pair: Pair) -> None:
     forward = pair.forward()
     body = random_data(200_000)
-    playing = Playing(pair.far, http_server(body, lose_at_random(0.02, seed=5)))
+    playing = Playing(pair.far, http_server(body, lossy(seed=5)))
     curl(pair, "-o", pair.directory / "down")
     assert (pair.directory / "down").read_bytes() == body
     playing.finished()
@@ -169,7 +174,7 @@ def test_a_prototype_client_gets_an_echo_from_a_legacy_server_over_a_lossy_wire(
     reverse = pair.reverse(f"127.0.0.1:{ECHO_PORT}")
     data = random_data(200_000)
     behaviour = Behaviour(data, close_when="received", expected_bytes=len(data))
-    client = PrototypeClient(OUR_SERVICE, FAR, behaviour, options(lose_at_random(0.02, seed=6)))
+    client = PrototypeClient(OUR_SERVICE, FAR, behaviour, lossy(seed=6))
     playing = Playing(pair.near, client)
     server = threading.Thread(target=echo, args=(pair.accept(listener),))
     server.start()
