@@ -12,7 +12,7 @@ from errno import ECONNRESET, EPIPE, ETIMEDOUT
 
 from serval_core import transport_part
 from serval_core.connected_datagrams import ConnectedDatagrams
-from serval_core.core import Core, covered
+from serval_core.core import Core, covered, covered_by
 from serval_core.effects import (
     CloseTransport,
     EndOfStream,
@@ -140,6 +140,7 @@ class Close:
         flags = control.flags
         if flags != SYN | ACK:  # of a server that does not have our key yet
             self._core.check_proof(flow, ip, sal)
+            flow.key_pair = None  # who can prove anything has our key
         if flags & RST:
             self._reset_received(flow, ip.source, control, now)
             return
@@ -203,7 +204,7 @@ class Close:
         if control.nonce != record.peer_nonce:
             raise TheirMistake("wrong_nonce")
         if record.proofs is not None:
-            record.proofs.check(*covered(ip.outer_ports, ip.source, ip.destination), sal)
+            record.proofs.check(*covered_by(ip, sal), sal)
         # To where the peer is now: it may have moved since.
         packet, interface_index = record.acknowledgement, record.interface_index
         if ip.source != record.destination or ip.outer_ports is not None:

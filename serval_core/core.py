@@ -200,7 +200,9 @@ class Core:
         source = path.source_address
         if flow.proofs is not None:
             ends = covered(outer_ports, source, destination) if service is None else (0, 0)
-            payload = self.proven_control(flow, flags, verno, *ends, service)
+            pair = flow.key_pair if flags & RSYN else None  # the peer may have none of our packets with our key
+            key = b"" if pair is None else pair.public
+            payload = self.proven_control(flow, flags, verno, *ends, service, key=key)
         else:
             payload = emit_control(
                 flow.flow_id,
@@ -243,10 +245,7 @@ class Core:
     def check_proof(self, flow: Flow, ip: IPv4Packet, said: SalPacket) -> None:
         """Whether the peer has said this, if the flow's control packets are authenticated. Raises TheirMistake."""
         if flow.proofs is not None:
-            ends = covered(ip.outer_ports, ip.source, ip.destination)
-            if said.services and said.control and said.control.flags & RSYN:
-                ends = (0, 0)
-            flow.proofs.check(*ends, said)
+            flow.proofs.check(*covered_by(ip, said), said)
 
     def restart_retransmission(self, flow: Flow, deadline: float, callback: Handler) -> None:
         """Set the flow's retransmission timer, in place of the one that may be running."""
@@ -311,3 +310,10 @@ class Core:
 def covered(outer_ports: OuterPorts | None, source: int, destination: int) -> tuple[int, int]:
     """The addresses that proofs say something of: none that a NAT, which UDP encapsulation is for, may change."""
     return (0, 0) if outer_ports is not None else (source, destination)
+
+
+def covered_by(ip: IPv4Packet, said: SalPacket) -> tuple[int, int]:
+    """The addresses that the proof of a packet that came says something of."""
+    if said.services and said.control is not None and said.control.flags & RSYN:
+        return (0, 0)  # a service router may have passed it on
+    return covered(ip.outer_ports, ip.source, ip.destination)

@@ -12,7 +12,7 @@ from serval_core import handshake, transport_part
 from serval_core.addresses import is_unicast
 from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.control_authentication import AUTHENTICATES, KeyPair, Proofs
-from serval_core.core import Core, covered
+from serval_core.core import Core, covered_by
 from serval_core.effects import Accepted, ExpectData, ForgetExpected, InjectSegment, SendPacket
 from serval_core.errors import OurMistake, TheirMistake
 from serval_core.flow import Flow, Listener, SynKey
@@ -241,7 +241,7 @@ class PassiveOpen:
         client = flow.peer_flow_id, flow.peer_nonce, sal.key
         server = flow.flow_id, flow.local_nonce, pair.public
         proofs = Proofs.agreed(pair.agree(sal.key), client, server, is_client=False)
-        proofs.check(*covered(ip.outer_ports, ip.source, ip.destination), sal)
+        proofs.check(*covered_by(ip, sal), sal)
         flow.proofs = proofs
 
     def _first_data(self, flow: Flow, ip: IPv4Packet, sal: SalPacket, now: float) -> None:
@@ -268,6 +268,7 @@ class PassiveOpen:
         self._core.effects.append(InjectSegment(flow.flow_id, transport, ip.source, ip.destination))
 
     def _complete(self, flow: Flow, peer_window_bytes: int, now: float) -> None:
+        flow.key_pair = None
         flow.peer_window_bytes = peer_window_bytes
         flow.send_unacknowledged = flow.send_next
         self._core.step(flow, Event.HANDSHAKE_COMPLETED, now)

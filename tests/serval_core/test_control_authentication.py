@@ -94,6 +94,35 @@ def test_everything_after_the_syn_ack_is_proven(client: Authenticate, server: Au
         assert not [name for name in host.sal.counters if name.startswith("dropped_")]
 
 
+@pytest.mark.parametrize("settings", [OFF, REQUIRE])
+def test_a_client_that_moves_before_its_handshake_ack_has_arrived_stays_connected(settings: Authenticate) -> None:
+    """The ACK is lost with the old path, so the RSYN is the first that the server hears, and has the key."""
+    talk = Conversation(settings, settings)
+    talk.client.on_open = lambda host, transport: host.paths.down.add(host.paths.wire.index)
+    talk.server.on_open = lambda host, transport: None
+    flow_id = talk.client.sal.connect(SERVICE.service_id, talk.network.now)
+    talk.client.settle()
+    talk.network.run(done=lambda: bool(talk.client.connected))
+    assert talk.server.accepted == {}
+    path = talk.client.paths.path_to(SERVER_ADDRESS)
+    assert path is not None
+    assert path.source_address == ELSEWHERE
+    talk.client.sal.migrate(flow_id, path, talk.network.now)
+    talk.client.settle()
+    talk.network.run(talk.network.now + 1.0)
+    (flow,) = talk.server.sal.flows()
+    assert (flow["state"], flow["peer_address"]) == ("CONNECTED", "10.0.0.11")
+    assert flow["authenticated"] is (settings is REQUIRE)
+    keys = [flags for flags, said in talk.controls() if said.key]
+    assert set(keys) == ({SYN | ACK, ACK, RSYN} if settings is REQUIRE else set())
+    talk.network.captured = []
+    talk.move()
+    talk.network.run(talk.network.now + 1.0)
+    assert not any(said.key for _, said in talk.controls())  # both have it
+    for host in (talk.client, talk.server):
+        assert not [name for name in host.sal.counters if name.startswith("dropped_")]
+
+
 @pytest.mark.parametrize(("client", "server"), [(OFF, OFF), (OFF, OFFER), (OFFER, OFF)])
 def test_who_is_not_asked_proves_nothing(client: Authenticate, server: Authenticate) -> None:
     talk = Conversation(client, server)
