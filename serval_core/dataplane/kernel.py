@@ -75,7 +75,7 @@ FLOW_MACS = slice(48, 60)
 FLOW_OUTER_PORTS = slice(64, 68)
 OUTER_PORTS = struct.Struct("!HH")
 FLOW_PATH_NUMBER = slice(68, 72)
-FLOW_STATE = struct.Struct("=QQIBBBBIIII24xQQBBBB4s2s38x")
+FLOW_STATE = struct.Struct("=QQIBBBBIIIII20xQQBBBB4s2s38x")
 EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
 SOCKET_STATE = struct.Struct("=IIIII")
@@ -153,7 +153,8 @@ class DataPlaneSettings:
 
 def fresh_state(send_next: int) -> bytes:
     """What the programs have noted about a flow that has sent nothing since its handshake."""
-    return FLOW_STATE.pack(0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, 0, 0, 0, 0, 0, 0, bytes(4), bytes(2))
+    out = (0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, send_next)
+    return FLOW_STATE.pack(*out, 0, 0, 0, 0, 0, 0, bytes(4), bytes(2))
 
 
 class KernelDataPlane:
@@ -574,7 +575,7 @@ class KernelDataPlane:
         if value is None:
             return FlowCounters(0, 0, 0, 0)
         fields = FLOW_STATE.unpack(value)
-        return FlowCounters(*fields[:2], *fields[11:13])
+        return FlowCounters(*fields[:2], *fields[12:14])
 
     def framing(self, flow_id: FlowID) -> Framing:
         """How the next segment of the flow is going to be sent, as far as that is known before it is there."""
@@ -584,7 +585,7 @@ class KernelDataPlane:
         if entry is None or value is None:
             return Framing.SAL
         fields = FLOW.unpack(entry)
-        doubts, packets_in, proved, peer_in_sal = (FLOW_STATE.unpack(value)[index] for index in (5, 11, 15, 16))
+        doubts, packets_in, proved, peer_in_sal = (FLOW_STATE.unpack(value)[index] for index in (5, 12, 16, 17))
         native = int.from_bytes(fields[5], "little") & FLOW_NATIVE and packets_in
         if native and (proved or doubts < NATIVE_DOUBTS) and peer_in_sal < NATIVE_FOLLOW:
             return Framing.NATIVE

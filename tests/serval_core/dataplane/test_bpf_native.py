@@ -191,6 +191,15 @@ def test_gives_native_up_when_repetitions_are_all_that_gets_through(programs: Bp
     assert events(programs) == [FlowEvent.NATIVE_DOUBTED]
 
 
+def test_doubts_at_any_sequence_number(programs: BpfObject) -> None:
+    """Half of all numbers lie before 0."""
+    for start in (1, 0x7FFFFFF0, 0x80000010, 0xFFFFFFF0):
+        programs.map("flow_states").update(SLOT, fresh_state(start))
+        arrive(programs, start)
+        assert [send(programs, start), send(programs, start)] == ["native", "sal"]
+        assert events(programs) == [FlowEvent.NATIVE_DOUBTED]
+
+
 def test_a_proved_path_is_doubted_when_one_segment_is_repeated_again_and_again(programs: BpfObject) -> None:
     arrive(programs)
     assert send(programs, START) == "native"

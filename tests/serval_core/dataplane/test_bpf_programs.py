@@ -276,7 +276,7 @@ def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> Non
         programs.test_run("serval_in", changed(wire, acknowledged, struct.pack("!I", acknowledgement)))
     assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 1), 0, 0)]
     state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
-    assert state[11:13] == (4, 4 * (len(wire) - 14))
+    assert state[12:14] == (4, 4 * (len(wire) - 14))
 
 
 def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> None:
