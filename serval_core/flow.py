@@ -65,8 +65,8 @@ class Search:
     """How far an active open has come in finding an instance that answers. Instances are addresses here.
 
     It asks them in rounds: `asked` are those of this round, `refused` those of them that do not have the
-    service, and `out_of_reach` says that for another there is no path. `refusers` are instances that refused
-    what a service router had passed on to them.
+    service, and `out_of_reach` says that for another there is no path. `refusers` are instances that a
+    service router chose in vain, `refusals` says how often it did.
     """
 
     __slots__ = (
