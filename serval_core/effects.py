@@ -97,6 +97,14 @@ class MovePath:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectPeer:
+    """The peer is about to move to `address`: what comes from there natively is the flow's already."""
+
+    flow_id: FlowID
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class LimitSegments:
     """The path of a flow carries IP packets of `mtu_bytes`: let its socket send none that are larger."""
 
@@ -220,5 +228,5 @@ class Happened:
 Effect = (
     SendPacket | ExpectData | ForgetExpected | OpenTransport | MovePath | InjectSegment | EndOfStream | ResetTransport
     | CloseTransport | Connected | ConnectFailed | Accepted | FlowEnded | DeliverDatagram | DatagramRefused | Happened
-    | OpenDatagrams | DeliverFlowDatagram | LimitSegments
+    | OpenDatagrams | DeliverFlowDatagram | LimitSegments | ExpectPeer
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from serval_core.addresses import is_unicast
 from serval_core.core import Core
+from serval_core.effects import ExpectPeer
 from serval_core.errors import TheirMistake
 from serval_core.flow import Flow
 from serval_core.migration_states import PEER_MOVE, ImpossibleMove, OwnMove, PeerAction, PeerEvent, PeerMove
@@ -72,6 +73,8 @@ class PeerMoves:
         else:
             moves.candidate_local = path.source_address  # it was a broadcast
         moves.candidate_path = path
+        if flow.native_port and ip.source != flow.peer_address:
+            self._core.effects.append(ExpectPeer(flow.flow_id, ip.source))
         done = repeated and moves.peer_confirmed
         self._step(flow, PeerEvent.RSYN_REPEATED if done else PeerEvent.RSYN_RECEIVED, now)
 

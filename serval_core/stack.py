@@ -25,6 +25,7 @@ from serval_core.dataplane.router import Router
 from serval_core.effect_loop import EffectLoop
 from serval_core.effects import (
     ExpectData,
+    ExpectPeer,
     ForgetExpected,
     Happened,
     LimitSegments,
@@ -149,6 +150,7 @@ class ServalStack:
         )
         effects.carry_out |= {
             SendPacket: stack._send_packet,
+            ExpectPeer: lambda effect: stack._dataplane.expect_peer(effect.flow_id, effect.address),
             LimitSegments: lambda effect: stack._dataplane.limit_segments(effect.flow_id, effect.mtu_bytes),
             ExpectData: lambda effect: stack._dataplane.expect_data(effect.flow_id),
             ForgetExpected: lambda effect: stack._dataplane.forget_expected(effect.flow_id),

@@ -68,13 +68,15 @@ FLOW_NATIVE = 8
 FLOW_TELL_PROOF = 16
 
 CONFIGURATION = struct.Struct("!IIHxx4s4s4s4s")
-FLOW = struct.Struct("!III4s4s4s12s12s6s6sHHHHI")
+FLOW = struct.Struct("!III4s4s4s12s12s6s6sHHHHIII")
 FLOW_ADDRESSES = struct.Struct("!III4s")  # what a flow's entry begins with: local, peer, next hop, interface
 FLOW_FLAGS = slice(20, 24)
 FLOW_MACS = slice(48, 60)
 FLOW_OUTER_PORTS = slice(64, 68)
 OUTER_PORTS = struct.Struct("!HH")
 FLOW_PATH_NUMBER = slice(68, 72)
+FLOW_LOCAL, FLOW_PEER = slice(0, 4), slice(4, 8)
+FLOW_OTHER_LOCAL, FLOW_OTHER_PEER = slice(72, 76), slice(76, 80)
 FLOW_STATE = struct.Struct("=QQIBBBBIIIII20xQQBBBB4s2s38x")
 EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
@@ -85,7 +87,7 @@ TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
 OLD_SEQUENCE_BYTES = 1 << 30  # before any window that a socket can have: such a segment is answered by an ACK
 UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
-NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0
+NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0, 0, 0
 NATIVE_DOUBTS = NATIVE_FOLLOW = 2  # as in bpf/native.h
 
 
@@ -378,6 +380,8 @@ class KernelDataPlane:
             *((native.local_port, native.peer_port) if native else (0, 0)),
             *(flow.outer_ports or (0, 0)),
             0,
+            0,
+            0,
         )
         try:
             self._states.update(slot.to_bytes(4, "little"), fresh_state(parameters.send_next))
@@ -406,6 +410,12 @@ class KernelDataPlane:
         if value is None or path is None:
             return False
         entry = bytearray(value)
+        for at, other, address in (
+            (FLOW_LOCAL, FLOW_OTHER_LOCAL, moved.local_address),
+            (FLOW_PEER, FLOW_OTHER_PEER, moved.peer_address),
+        ):
+            if entry[at] != address.to_bytes(4, "big"):
+                entry[other] = entry[at]  # what is on its way is the flow's, too
         index = path.interface_index
         FLOW_ADDRESSES.pack_into(
             entry, 0, moved.local_address, moved.peer_address, path.next_hop, index.to_bytes(4, "little")
@@ -430,6 +440,14 @@ class KernelDataPlane:
             outer_bytes = 0 if moved.outer_ports is None else OUTER_UDP_BYTES
             self._resume(flow_id, seen, moved.mtu_bytes - outer_bytes)
         return True
+
+    def expect_peer(self, flow_id: FlowID, address: int) -> None:
+        """The flow's peer is about to send from this address as well."""
+        value = self._flows.get(FLOW_KEY.pack(flow_id))
+        if value is not None:
+            entry = bytearray(value)
+            entry[FLOW_OTHER_PEER] = address.to_bytes(4, "big")
+            self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
 
     def _resume(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
         """Tell the kernel socket of a flow what the new path means for it."""

@@ -1,7 +1,6 @@
 """Which TCP ports of this host stand for flows in framing `native`? Ports that are bound, so that no other socket gets them.
 
-Nothing listens there, so the BPF programs drop what comes to a flow's port and is not the flow's: the kernel would
-answer with an RST.
+Nothing listens there. What comes to a flow's port and is not the flow's, the host treats as it treats any closed port.
 """
 
 from __future__ import annotations

@@ -16,6 +16,17 @@ from tests.serval_core.two_paths import Transfer, two_paths
 MOVES = 50  # of each end
 
 
+def resets(ends: Ends) -> list[int]:
+    """How many TCP resets the kernels of both hosts have sent."""
+
+    def sent() -> int:
+        with open("/proc/thread-self/net/snmp") as table:
+            names, values = (line.split() for line in table if line.startswith("Tcp:"))
+        return int(dict(zip(names, values, strict=True))["OutRsts"])
+
+    return [host.call(sent) for host in (ends.client_host, ends.server_host)]
+
+
 def framings(ends: Ends) -> set[object]:
     return {flow["framing"] for stack in (ends.client, ends.server) for flow in stack.flows()}
 
@@ -27,6 +38,7 @@ def test_a_hundred_moves_under_load(lab: Lab, framing: Framing) -> None:
     with StackThread(hosts[0], sal=sal) as client, StackThread(hosts[1], sal=sal) as server:
         ends = Ends(hosts, client, server)
         transfers = Transfer(ends.near, ends.far), Transfer(ends.far, ends.near)
+        resets_before = resets(ends)
         for number in range(MOVES):
             interface = ("eth1", "eth0")[number % 2]
             ends.near_mover.begin(ends.near_id, interface)
@@ -34,6 +46,7 @@ def test_a_hundred_moves_under_load(lab: Lab, framing: Framing) -> None:
             assert ends.near_mover.outcome(ends.near_id, "local")["event"] == "flow_migrated"
             assert ends.far_mover.outcome(ends.far_id, "local")["event"] == "flow_migrated"
         wait_for(lambda: framings(ends) == {framing.value}, f"data in framing {framing}")
+        assert resets(ends) == resets_before, "all that arrives on old and new paths is the flow's"
         for transfer in transfers:
             assert transfer.finish() > 0
         ends.close()

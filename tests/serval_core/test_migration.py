@@ -6,7 +6,7 @@ from errno import ETIMEDOUT
 
 import pytest
 
-from serval_core.effects import FlowEnded, Happened, MovePath
+from serval_core.effects import ExpectPeer, FlowEnded, Happened, MovePath
 from serval_core.errors import OurMistake
 from serval_core.names import FlowID, parse_address
 from serval_core.paths import Path
@@ -246,6 +246,19 @@ def test_the_peer_is_followed_when_it_has_our_answer() -> None:
     (move,) = host.news(MovePath)
     assert (move.local_address, move.peer_address) == (LOCAL, NEW_PLACE)
     assert migration(host) == "INITIAL"
+
+
+@pytest.mark.parametrize(("native_port", "expected"), [(0, []), (61000, [NEW_PLACE])])
+def test_native_data_from_a_new_place_is_expected_before_the_peer_is_told_that_it_may_move(
+    native_port: int, expected: list[int]
+) -> None:
+    host, peer, flow_id = connected_host()
+    host.sal._core.flows.by_id[flow_id].native_port = native_port
+    host.receive(peer.control(RSYN))
+    assert host.news(ExpectPeer) == [], "it is where it was"
+    moved_peer(peer)
+    host.receive(peer.control(RSYN, verno=peer.verno + 1 & 0xFFFFFFFF))
+    assert [each.address for each in host.news(ExpectPeer)] == expected
 
 
 def test_the_confirmation_may_come_from_anywhere() -> None:

@@ -225,7 +225,7 @@ int serval_insert(struct __sk_buff *skb)
 
 /*
  * TCP on the ingress of an interface: what comes to a native port of a flow goes to its socket as it is, superpackets included.
- * What comes to such a port otherwise is dropped, or the kernel would answer it with an RST.
+ * What has our port and is not the flow's is none of our business: this host may forward it, or its NAT have chosen that port.
  */
 static __always_inline int receive_native(struct __sk_buff *skb, void *data, void *end)
 {
@@ -246,8 +246,13 @@ static __always_inline int receive_native(struct __sk_buff *skb, void *data, voi
 		return TC_ACT_UNSPEC;
 	__be32 id = ours->flow;
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
-	if (!flow || tcp->source != flow->native_peer_port)
+	if (!flow)
 		return drop(DROP_IN_NATIVE_UNKNOWN);
+	struct iphdr *ip = data + ETHERNET_BYTES;
+	if (tcp->source != flow->native_peer_port ||
+	    (ip->saddr != flow->peer_address && ip->saddr != flow->other_peer_address) ||
+	    (ip->daddr != flow->local_address && ip->daddr != flow->other_local_address))
+		return TC_ACT_UNSPEC;
 	struct flow_state *state = bpf_map_lookup_elem(&flow_states, &flow->slot);
 	if (!state)
 		return drop(DROP_IN_NATIVE_UNKNOWN);
@@ -255,7 +260,6 @@ static __always_inline int receive_native(struct __sk_buff *skb, void *data, voi
 	if (tcp->rst || tcp->syn)
 		return drop(DROP_IN_NATIVE_RESET);
 
-	struct iphdr *ip = data + ETHERNET_BYTES;
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
 	__u32 headers = IPV4_BYTES + tcp->doff * 4;
 	state->peer_in_sal = 0;

@@ -44,6 +44,8 @@ struct flow {
 	__be16 outer_local_port;      /* of UDP encapsulation; 0: none */
 	__be16 outer_peer_port;
 	__u32 path_number;	      /* another one after each move: what was learnt about native data is void */
+	__be32 other_local_address;   /* where native data may be on its way to or from besides: before a move, or after it */
+	__be32 other_peer_address;
 };
 
 /* Value of `native_ports`, by TCP port in host order. */

@@ -77,6 +77,8 @@ def programs() -> Iterator[BpfObject]:
             0,
             *OURS,
             0,
+            0,
+            0,
         )
         loaded.map("flows").update(FLOW_KEY.pack(flow_id), value)
     yield loaded

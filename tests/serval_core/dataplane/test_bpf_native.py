@@ -41,6 +41,7 @@ from tests.serval_core.dataplane.test_bpf_programs import (
 )
 
 OUR_PORT, PEER_PORT, GONE_PORT = 61000, 62000, 61001
+OTHER_US, OTHER_PEER, STRANGER = US + 5, PEER + 5, PEER + 9
 START = 1000  # the first sequence number
 REMOTE = VIRTUAL_REMOTE | OUR_FLOW >> 16
 SLOT = struct.pack("=I", 0)
@@ -81,6 +82,8 @@ def put_flow(programs: BpfObject, flags: int, path_number: int = 0) -> None:
         0,
         0,
         path_number,
+        OTHER_US,
+        OTHER_PEER,
     )
     programs.map("flows").update(FLOW_KEY.pack(OUR_FLOW), value)
 
@@ -130,13 +133,18 @@ class Row:
     verdict: int
     flags: int = tcp_segment.ACK
     dropped_for: str | None = None
+    addresses: tuple[int, int] = (PEER, US)
 
 
 INCOMING = [
     Row("a flow's segment", (PEER_PORT, OUR_PORT), TC_REDIRECT),
     Row("to another port of this host", (PEER_PORT, 80), TC_UNSPEC),
     Row("to the port of a flow that is gone", (PEER_PORT, GONE_PORT), TC_SHOT, dropped_for="in_native_unknown"),
-    Row("from another port than the peer's", (PEER_PORT + 1, OUR_PORT), TC_SHOT, dropped_for="in_native_unknown"),
+    Row("from another port than the peer's, for whom NAT may have chosen ours", (PEER_PORT + 1, OUR_PORT), TC_UNSPEC),
+    Row("from another host with the peer's port", (PEER_PORT, OUR_PORT), TC_UNSPEC, addresses=(STRANGER, US)),
+    Row("from the peer to a host behind this one", (PEER_PORT, OUR_PORT), TC_UNSPEC, addresses=(PEER, STRANGER)),
+    Row("from where the peer was, or is about to be", (PEER_PORT, OUR_PORT), TC_REDIRECT, addresses=(OTHER_PEER, US)),
+    Row("to where we were", (PEER_PORT, OUR_PORT), TC_REDIRECT, addresses=(PEER, OTHER_US)),
     Row(
         "a reset, which ports alone would forge",
         (PEER_PORT, OUR_PORT),
@@ -150,7 +158,7 @@ INCOMING = [
 
 @pytest.mark.parametrize("row", INCOMING, ids=lambda row: row.description)
 def test_what_comes_in(programs: BpfObject, row: Row) -> None:
-    packet = ETHERNET + tcp(PEER, US, row.ports, 5, 6, b"hello", row.flags)
+    packet = ETHERNET + tcp(*row.addresses, row.ports, 5, 6, b"hello", row.flags)
     expected = packet
     if row.verdict == TC_REDIRECT:
         ports = OUR_FLOW & 0xFFFF, VIRTUAL_PORT

@@ -43,7 +43,7 @@ ETHERNET = bytes.fromhex("02000000000a02000000000b0800")
 DELIVERED = bytes.fromhex("02534 14c0000".replace(" ", "")) + bytes.fromhex("02000000000b0800")
 TO_NEIGHBOUR = bytes.fromhex("0200000000bb0200000000aa0800")
 WIRE_INDEX, ASK_NEIGHBOUR = 1, 0x80000000
-NO_PORTS = 0, 0, 0, 0, 0  # no native ones, no outer ones; path number
+NO_PORTS = 0, 0, 0, 0, 0, 0, 0  # no native ones, no outer ones; path number; no other addresses
 SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
 
 
