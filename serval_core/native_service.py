@@ -145,12 +145,15 @@ class NativeService:
 
     def _clients_wait(self) -> None:
         assert self._epoll is not None
-        for fd, events in self._epoll.poll(0, EVENTS_PER_WAKE_UP):
-            client = self._clients.get(fd)
-            if client is None:
+        # Whose events these are is settled first: a socket that is dropped meanwhile may leave its number to another one.
+        waiting = [(self._clients[fd], events) for fd, events in self._epoll.poll(0, EVENTS_PER_WAKE_UP)]
+        for client, events in waiting:
+            if client.closed:
                 continue
             if events & select.EPOLLOUT:
                 self._streams.push(client)
+                if client.closed:
+                    continue
             if events & select.EPOLLIN and client.events & select.EPOLLIN:
                 self._receive(client)
             elif events & _GONE:

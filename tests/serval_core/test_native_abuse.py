@@ -10,6 +10,7 @@ import resource
 import socket as system
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from random import Random
 
 import pytest
 
@@ -18,8 +19,9 @@ from lab.waiting import wait_for
 from serval_core import native_service
 from serval_core.access_policy import AccessPolicy, AccessRule, Principals
 from serval_core.names import parse_service
-from serval_core.native_protocol import DATAGRAM, DATAGRAM_MARK, NATIVE_SOCKET_ADDRESS
+from serval_core.native_protocol import DATAGRAM, DATAGRAM_MARK, HOLD, NATIVE_SOCKET_ADDRESS
 from serval_core.rules import Rule
+from serval_core.sal_settings import SalSettings
 from serval_core.sockets import ServalSocket, create_connection, create_server
 from tests.serval_core.stack_thread import StackThread
 
@@ -30,7 +32,8 @@ Reach = Callable[[], system.socket]
 
 @pytest.fixture
 def stack(lab: Lab) -> Iterator[StackThread]:
-    with StackThread(lab.host("alone")) as made:
+    settings = SalSettings(connect_timeout_s=2.0, time_wait_s=0.2, fin_wait2_s=0.5)
+    with StackThread(lab.host("alone"), sal=settings) as made:
         yield made
 
 
@@ -238,3 +241,65 @@ def test_too_many_descriptors_in_flight_are_waited_for(stack: StackThread, reach
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert json.loads(listener.recv(4096))["service"] == SERVICE
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_programs_say_in_whatever_order(
+    stack: StackThread, reach: Reach, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many valid and odd requests on some sockets: no defect shows, and nothing is left when they are closed."""
+    trust_nobody(stack, AccessRule(parse_service("76568"), bind=Principals(everybody=True)))
+    random = Random(seed)
+    services = [SERVICE] * 6 + [OTHER, "0" * 64]
+
+    def words(datagrams: bool) -> bytes:
+        kind = random.choice(["bind", "listen", "connect", "datagram", "hold"])
+        if kind == "hold":
+            return HOLD
+        if kind == "datagram":
+            payload = bytes(random.choice([1, 1400, 60000]))
+            return datagram(random.choice(services), payload, random.choice(["0" * 64, SERVICE]))
+        fields = {
+            "request": kind,
+            "service": random.choice([*services, ""]),
+            "bits": random.choice([256] * 8 + [0, 32]),
+            "backlog": random.choice([0, 1, 5]),
+            "destination": random.choice([0] * 6 + [0x7F000001, 1 << 40, 0x0A090909]),
+            "datagrams": datagrams if random.random() < 0.9 else not datagrams,
+            "hold": random.random() < 0.1,
+        }
+        return json.dumps(fields).encode()
+
+    sockets = [reach() for _ in range(10)]
+    received: list[bytes] = []
+    for _ in range(1500):
+        at = random.randrange(len(sockets))
+        raw = sockets[at]
+        raw.setblocking(False)
+        try:
+            raw.send(words(at % 2 == 0))
+            message, descriptors, _, _ = system.recv_fds(raw, 70000, 4)
+            received.append(message)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        except BlockingIOError:
+            pass
+        except OSError:  # it was dropped, as it does not read its answers
+            raw.close()
+        if raw.fileno() < 0 or random.random() < 0.05:
+            raw.close()
+            sockets[at] = reach()
+    for raw in sockets:
+        raw.close()
+    native = stack.stack.native
+    wait_for(lambda: stack.call(lambda: len(native._clients)) == 0, "the sockets are gone")
+    wait_for(lambda: stack.counters()["open_transports"] == 0, "no transport is left", 20)
+    wait_for(lambda: stack.flows() == [], "no flow is left", 20)
+    counters = stack.counters()
+    assert counters["flow_map_entries"] == 0
+    assert not stack.call(lambda: set(stack.stack.table.bound()))
+    assert stack.call(lambda: (len(native._sockets_of_user), len(native._bound_of_user))) == (0, 0)
+    for counted in ("connected", "datagrams_in", "refused_by_policy", "malformed"):
+        assert counters[f"native_{counted}"] > 0
+    assert not [message for message in received if b"defect" in message]
+    assert caplog.records == []
