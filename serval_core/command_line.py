@@ -49,6 +49,50 @@ def routing_options(*short: str) -> Callable[[Function], Function]:
     return lambda command: role(routers(command))
 
 
+def stack_options(command: Function) -> Function:
+    """What is said about the stack that a command runs."""
+    for option in reversed(
+        (
+            section_option(
+                "stack",
+                "interfaces",
+                "--interface",
+                "-i",
+                multiple=True,
+                metavar="NAME",
+                help="Use only this interface. Repeatable.",
+            ),
+            section_option(
+                "stack",
+                "framing",
+                "--framing",
+                type=click.Choice(["auto", "sal", "udp", "native"]),
+                help="How data travels: behind a SAL header, in UDP, or as plain TCP between stacks of ours. [default: auto]",
+            ),
+            section_option(
+                "stack",
+                "broadcast_resolution",
+                "--broadcast/--no-broadcast",
+                default=None,
+                help="Ask all interfaces for services that no rule covers. [default: on]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def log_options(command: Function) -> Function:
+    """What is logged, and how."""
+    level = section_option(
+        "log", "level", "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]"
+    )
+    layout = section_option(
+        "log", "format", "--log-format", type=click.Choice(["console", "json"]), help="[default: console]"
+    )
+    return level(layout(command))
+
+
 def section_values(options: dict[str, Any]) -> dict[tuple[str, str], Any]:
     """What was given of the options that `section_option` made, by section and key."""
     given = {}

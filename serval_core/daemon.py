@@ -14,7 +14,7 @@ import msgspec
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.command_line import routing_options, section_option
+from serval_core.command_line import log_options, routing_options, stack_options
 from serval_core.configured_rules import parse_rule, rule_text
 from serval_core.daemon_config import LoadedDaemonFile, load, without_file
 from serval_core.descriptors import raise_descriptor_limit
@@ -33,30 +33,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="ID=IP[@WEIGHT],...",
     help="Where instances (or a service router) of ID are; `default=IP` for all others. Repeatable.",
 )
-@section_option(
-    "stack", "interfaces", "--interface", "-i", multiple=True, metavar="NAME", help="Use only this interface. Repeatable."
-)
-@section_option(
-    "stack",
-    "framing",
-    "--framing",
-    type=click.Choice(["auto", "sal", "udp", "native"]),
-    help="How data travels: behind a SAL header, in UDP, or as plain TCP between stacks of ours. [default: auto]",
-)
-@section_option(
-    "stack",
-    "broadcast_resolution",
-    "--broadcast/--no-broadcast",
-    default=None,
-    help="Ask all interfaces for services that no rule covers. [default: on]",
-)
+@stack_options
 @routing_options("-r")
-@section_option(
-    "log", "level", "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]"
-)
-@section_option(
-    "log", "format", "--log-format", type=click.Choice(["console", "json"]), help="[default: console]"
-)
+@log_options
 @click.option("--check", is_flag=True, help="Only say whether the configuration is right.")
 @click.option(
     "--clean-up",

@@ -16,7 +16,7 @@ import msgspec
 import rich_click as click
 
 from serval_core import command_line
-from serval_core.command_line import routing_options, section_option
+from serval_core.command_line import log_options, routing_options, section_option, stack_options
 from serval_core.config_file import Names
 from serval_core.configured_rules import parse_rule, rule_text
 from serval_core.number_types import Real, Whole
@@ -69,35 +69,13 @@ _SECONDS = Real(min=0, min_open=True, max=31_536_000)
     type=_FILE,
     help="Configuration file (TOML); options above add to it, below override it.",
 )
-@section_option(
-    "stack",
-    "interfaces",
-    "--interface",
-    "-i",
-    multiple=True,
-    metavar="NAME",
-    help="Use only this interface. Repeatable.",
-)
+@stack_options
 @section_option(
     "stack",
     "congestion_control",
     "--congestion-control",
     metavar="NAME",
     help="Of Serval flows. [default: cubic]",
-)
-@section_option(
-    "stack",
-    "framing",
-    "--framing",
-    type=click.Choice(["auto", "sal", "udp", "native"]),
-    help="How data travels: behind a SAL header, in UDP, or as plain TCP between stacks of ours. [default: auto]",
-)
-@section_option(
-    "stack",
-    "broadcast_resolution",
-    "--broadcast/--no-broadcast",
-    default=None,
-    help="Ask all interfaces for services that no --service covers. [default: on]",
 )
 @routing_options()
 @section_option(
@@ -178,16 +156,7 @@ _SECONDS = Real(min=0, min_open=True, max=31_536_000)
     metavar="S",
     help="From SIGTERM until what is still open is reset. [default: 30]",
 )
-@section_option(
-    "log",
-    "level",
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    help="[default: info]",
-)
-@section_option(
-    "log", "format", "--log-format", type=click.Choice(["console", "json"]), help="[default: console]"
-)
+@log_options
 @click.version_option(package_name=PROGRAM, prog_name=PROGRAM)
 @click.pass_context
 def cli(
