@@ -108,10 +108,15 @@ class Forwarding:
             exclude |= {target.address}
 
     def _spread(self, ip: IPv4Packet, sal: SalPacket, exclude: Set[int]) -> bool:
-        """Send an RSYN to every instance that may have its flow; whether there is one."""
+        """Send an RSYN to instances that may have its flow; whether there is one.
+
+        Each router that it has passed halves their number, or routers that know each other would multiply it to many
+        thousands. A repeated RSYN may get to others.
+        """
         core = self._core
         found = 0
-        for _ in range(COPIES_LIMIT):
+        passed = max(0, len(sal.source_addresses) - 1)  # the first one is the originator's
+        for _ in range(max(1, COPIES_LIMIT >> passed)):
             rule_type, targets = core.table.resolve(
                 sal.services[0], core.random.random, exclude, len(sal.transport)
             )

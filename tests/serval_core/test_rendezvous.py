@@ -242,3 +242,20 @@ def test_a_service_router_multiplies_an_rsyn_within_limits() -> None:
     to_router = [packet for packet in rsyns if int.from_bytes(packet[16:20], "big") == ROUTER_ADDRESS]
     assert len(to_router) >= 1
     assert len(rsyns) - len(to_router) == 8 * len(to_router)
+
+
+def test_service_routers_that_know_each_other_do_not_multiply_an_rsyn_without_end() -> None:
+    """Anybody can send one, from any address."""
+    network = MemoryNetwork(8)
+    addresses = [parse_address(f"10.0.0.{number}") for number in range(100, 107)]
+    routers = [network.add_host(each, SalSettings(forwarding=True)) for each in addresses]
+    for router in routers:
+        for other in addresses:
+            if other != router.address:
+                router.table.add(Rule.forward(SERVICE, other))
+    asked = sal.emit_control(1, 2, sal.PROTOCOL_TCP, RSYN, 3, 4, bytes(8), SERVICE.service_id)
+    network.inject(routers[0], ipv4.emit(CLIENT_ADDRESS, addresses[0], PROTOCOL_SAL, asked))
+    network.run(network.now + 10.0)
+    forwarded = [router.sal.counters["packets_forwarded"] for router in routers]
+    assert forwarded[0] == 6, "the first one asks all that it knows"
+    assert sum(forwarded) <= 64 * len(routers)

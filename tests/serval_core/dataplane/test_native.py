@@ -172,4 +172,3 @@ def test_what_has_a_flows_port_and_is_not_the_flows_is_left_to_the_host(
         with pytest.raises(ConnectionRefusedError):
             stranger.connect(("10.2.0.1", 61000))
     exchange(near, far, 1000, 1000)
-
