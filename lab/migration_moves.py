@@ -6,9 +6,12 @@ shortly after it. What TCP of the sending translator repeated meanwhile is count
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +23,7 @@ from lab.hosts import Argument, CommandFailed, Host
 from lab.native import serval_json
 from lab.traffic import PROJECT
 from lab.two_ways import FRONT, WAYS, EventFollower, Inner, TwoWays
-from lab.waiting import wait_for
+from lab.waiting import NeverHappened, wait_for
 from serval_core.stack_socket import StackSocketClient
 
 BEFORE_S = 0.02
@@ -41,43 +44,60 @@ class Move(NamedTuple):
     timeouts: int = 0
 
 
+class Program:
+    """A program of `lab.endless_stream` on `host`, and the lines of JSON that it prints."""
+
+    def __init__(self, host: Host, *words: Argument) -> None:
+        command = [sys.executable, "-m", "lab.endless_stream", *words]
+        self.host = host
+        self.process = host.popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def line(self) -> dict[str, Any]:
+        """The next line. CommandFailed if the program has ended, NeverHappened if it takes too long."""
+        try:
+            line = self._lines.get(timeout=STREAM_TIMEOUT_S)
+        except queue.Empty:
+            raise NeverHappened(f"nothing more came out of the stream on {self.host.name}") from None
+        if not line:
+            status = self.process.wait(STREAM_TIMEOUT_S)
+            raise CommandFailed(self.host.name, subprocess.CompletedProcess(self.process.args, status, "", ""))
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(ValueError):  # the lab has ended, and closed the pipe
+            while line := self.process.stdout.readline():
+                self._lines.put(line)
+        self._lines.put("")
+
+
 class Server:
     """A plain TCP server on the server host that sends for ever. It prints the hash of each download that has ended."""
 
     def __init__(self, ways: TwoWays, port: int) -> None:
-        command: list[Argument] = [sys.executable, "-m", "lab.endless_stream", "serve", port]
-        self._process = ways.server.popen(command, cwd=PROJECT, stdout=subprocess.PIPE)
-        ways.server.wait_listening(port, self._process)
+        self._program = Program(ways.server, "serve", port)
+        ways.server.wait_listening(port, self._program.process)
 
     def sent(self) -> dict[str, Any]:
         """What was sent to the client that has finished."""
-        assert self._process.stdout is not None
-        said: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return said
+        return self._program.line()
 
 
 class Download:
     """A plain TCP client on the client host that reads from the server through both translators until `finish`."""
 
     def __init__(self, ways: TwoWays, port: int) -> None:
-        command: list[Argument] = [sys.executable, "-m", "lab.endless_stream", "read", FRONT, port]
-        self._process = ways.client.popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.port = int(self._line()["port"])
+        self._program = Program(ways.client, "read", FRONT, port)
+        self.port = int(self._program.line()["port"])
 
     def finish(self) -> dict[str, Any]:
         """Half-close, read what is still coming; the number of bytes and their SHA-256."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._line()
-
-    def _line(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait(STREAM_TIMEOUT_S)
-            raise CommandFailed("client", subprocess.CompletedProcess(self._process.args, status, "", ""))
-        said: dict[str, Any] = json.loads(line)
-        return said
+        assert self._program.process.stdin is not None
+        self._program.process.stdin.close()
+        return self._program.line()
 
 
 class Side:
@@ -182,7 +202,10 @@ class Scene:
     def address(self, side: Side) -> str:
         """Where one end is, as its stack says."""
         flow_id = self.flow_ids[side.host]
-        return str(next(each["local_address"] for each in side.translator.flows() if each["flow_id"] == flow_id))
+        for each in side.translator.flows():
+            if each["flow_id"] == flow_id:
+                return str(each["local_address"])
+        raise NeverHappened(f"flow {flow_id} on {side.host.name} is no more")
 
     def way(self, side: Side) -> str:
         """The interface that one end is on."""
