@@ -57,7 +57,9 @@ class RouterPrograms:
         self._host = self._object.map("host")
         self._targets = self._object.map("targets")
         self._link_map = self._object.map("links")
-        self._links: dict[Key, int] = {}
+        self._links: dict[Key, int] = {}  # those set last at the end
+        self._free_links = deque(range(LINKS_MAX))
+        self._link_of: dict[int, Key] = {}  # by the index of a target
         # The counters are read where they are: asking for each would cost a system call.
         self._memory = mmap.mmap(
             self._object.map("target_counters").fd,
@@ -93,14 +95,20 @@ class RouterPrograms:
         self._host.update(FIRST, HOST.pack(0, self._own_addresses))
 
     def set_link(self, key: Key, link: Link | None) -> None:
-        """What is known of a next hop. Beyond 4096 of them nothing is forwarded to more."""
-        index = self._links.setdefault(key, len(self._links))
-        if index < LINKS_MAX:
-            interface_index, next_hop = key
-            known = (1, *link) if link else NO_LINK
-            self._link_map.update(
-                index.to_bytes(4, "little"), LINK.pack(next_hop.to_bytes(4, "big"), interface_index, *known)
-            )
+        """What is known of a next hop. Beyond 4096 that are used nothing is forwarded to more."""
+        if key not in self._links and not self._free_links:
+            self._free_unused_links()
+        if key in self._links:
+            index = self._links[key] = self._links.pop(key)
+        elif self._free_links:
+            index = self._links[key] = self._free_links.popleft()
+        else:
+            return
+        interface_index, next_hop = key
+        known = (1, *link) if link else NO_LINK
+        self._link_map.update(
+            index.to_bytes(4, "little"), LINK.pack(next_hop.to_bytes(4, "big"), interface_index, *known)
+        )
 
     def put(self, prefix: ServicePrefix, plan: Plan) -> None:
         """Say what happens under a prefix; an empty plan leaves it to user space. Raises KernelRefused when the map is full.
@@ -110,10 +118,12 @@ class RouterPrograms:
         indexes = []
         for target in plan:
             index = self._index(prefix, target.address)
-            link = self._links[target.interface_index, target.next_hop]
-            if index is None or link >= LINKS_MAX:
+            key = target.interface_index, target.next_hop
+            link = self._links.get(key)
+            if index is None or link is None:
                 plan = ()
                 break
+            self._link_of[index] = key
             value = TARGET.pack(target.address.to_bytes(4, "big"), target.mtu_bytes, link)
             self._targets.update(index.to_bytes(4, "little"), value)
             indexes.append(index)
@@ -133,6 +143,7 @@ class RouterPrograms:
             return None
         count = self._count(prefix, address, index)
         self._free.append(index)
+        self._link_of.pop(index, None)
         return count
 
     def take_counts(self) -> Iterator[TargetCount]:
@@ -145,6 +156,13 @@ class RouterPrograms:
     def test_run(self, frame: bytes) -> tuple[int, bytes, int]:
         """Run the program on one Ethernet frame: its verdict, the frame and the mark afterwards."""
         return self._object.test_run("serval_route", frame)
+
+    def _free_unused_links(self) -> None:
+        """Next hops of no target make room, except those that may have been set for the next plan."""
+        used = set(self._link_of.values())
+        for key in list(self._links)[:-PLANNED_TARGETS_MAX]:
+            if key not in used:
+                self._free_links.append(self._links.pop(key))
 
     def _index(self, prefix: ServicePrefix, address: int) -> int | None:
         """Where a target stands; None when all places are taken."""

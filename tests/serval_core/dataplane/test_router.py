@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from serval_core.dataplane import router as router_module
+from serval_core.dataplane import router_programs
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.memory_network import MemoryPaths
 from serval_core.dataplane.neighbours import Key
@@ -212,6 +213,27 @@ def test_invented_services_take_no_memory(host: Host) -> None:
     assert host.in_batches() is not None
     assert host.router.counters()["forwarded_in_batches"] == 1
     assert [each["packets_resolved"] for each in host.table.snapshot()] == [1]
+
+
+def test_next_hops_that_are_not_used_any_more_make_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts come and go at ever new addresses: the program goes on forwarding."""
+    monkeypatch.setattr(router_programs, "LINKS_MAX", 20)
+    host.router.stop()
+    host.router.start()
+    stays = parse_service("5")
+    host.table.add(Rule.forward(stays, OTHER))
+    for number in range(60):
+        host.table.add(Rule.forward(SERVICE, REMOTE + 10 + number))
+        assert host.target() == REMOTE + 10 + number
+        host.table.remove(SERVICE, RuleType.FORWARD, REMOTE + 10 + number)
+    programs = host.programs[-1]
+    assert programs._links[host.paths.wire.index, OTHER] == 0, "what is used stays where it is"
+    others = [parse_service(str(number)) for number in range(10, 40)]
+    for number, each in enumerate(others):
+        host.table.add(Rule.forward(each, REMOTE + 100 + number))
+    host.table.add(Rule.forward(SERVICE, REMOTE))
+    assert host.in_kernel() is None, "there is no room, so user space does it"
+    assert host.in_batches() is not None
 
 
 def test_own_addresses_are_never_targets(host: Host) -> None:
