@@ -37,7 +37,8 @@ def resets_flow(flow: Flow, control: Control, version_gap_limit: int) -> bool:
             answered = control.ackno - flow.initial_verno & 0xFFFFFFFF
             return answered <= (flow.send_next - flow.initial_verno & 0xFFFFFFFF) + _ACKNO_SLIP
         return ahead <= version_gap_limit
-    return control.nonce == _NO_NONCE and ahead == 0  # an answer to data
+    # A prototype's answer to data. Ours makes none, and 32 bits are not much to guess.
+    return control.nonce == _NO_NONCE and ahead == 0 and flow.options.capabilities is None
 
 
 def answer_with_reset(ip: IPv4Packet, sal: SalPacket) -> bytes:

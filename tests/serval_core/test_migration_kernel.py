@@ -117,22 +117,6 @@ def test_authenticated_flows_move(lab: Lab) -> None:
             assert not [name for name, count in stack.counters().items() if name.startswith("dropped_") and count]
 
 
-def test_a_hundred_migrations_under_load(ends: Ends) -> None:
-    """Both ends to and fro, make before break, while both directions carry data: every byte arrives, in order."""
-    transfers = Transfer(ends.near, ends.far), Transfer(ends.far, ends.near)
-    for number in range(50):
-        interface = ("eth1", "eth0")[number % 2]
-        ends.near_mover.begin(ends.near_id, interface)
-        ends.far_mover.begin(ends.far_id, interface)
-        assert ends.near_mover.outcome(ends.near_id, "local")["event"] == "flow_migrated"
-        assert ends.far_mover.outcome(ends.far_id, "local")["event"] == "flow_migrated"
-    before = [each.received_bytes for each in transfers]
-    wait_for(lambda: all(each.received_bytes > b for each, b in zip(transfers, before, strict=True)), "data")
-    for transfer in transfers:
-        assert transfer.finish() > 0
-    ends.close()
-
-
 def test_a_move_during_the_close(ends: Ends) -> None:
     """The FIN is out and its ACK is not in when the flow moves."""
     transfer = Transfer(ends.near, ends.far)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
 from dataclasses import dataclass, fields, replace
@@ -57,6 +58,7 @@ class Kept:
 
 def look(stack: StackThread) -> Kept:
     """Whatever could be left behind."""
+    gc.collect()  # of tests before this one, which had descriptors
     dataplane = stack.stack._dataplane
     return Kept(
         stack.call(lambda: kept(stack.stack)),

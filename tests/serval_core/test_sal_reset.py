@@ -50,7 +50,11 @@ def test_the_answer_to_our_handshake_ack_ends_the_flow() -> None:
 
 
 def test_the_answer_to_data_needs_the_exact_version_number() -> None:
-    host, peer, flow_id = connected_host()
+    """And comes from prototypes only."""
+    host, peer, _ = connected_host()
+    host.receive(peer.control(RST | ACK, verno=peer.verno, nonce=ZERO))
+    assert (host.dropped("spoofed_reset"), host.states()) == (1, ["CONNECTED"])
+    host, peer, flow_id = connected_host(peer=Peer())
     host.receive(peer.control(RST | ACK, verno=peer.verno + 1, nonce=ZERO))
     assert host.dropped("spoofed_reset") == 1
     host.receive(peer.control(RST | ACK, verno=peer.verno, nonce=ZERO))
