@@ -50,6 +50,8 @@ from serval_core.unattended import UnattendedFlows
 
 log = structlog.get_logger("serval_core.stack")
 
+REMINDER_INTERVAL_S = 1.0  # sockets are told again how large their packets may be
+
 # Batches of control packets per wake-up: between them the loop serves timers and relays.
 BATCHES_PER_WAKE_UP = 4
 BATCH_PACKETS = 64
@@ -73,6 +75,7 @@ class ServalStack:
     unattended: UnattendedFlows
     _sal: ServiceAccessLayer
     _effects: EffectLoop
+    _reminder: asyncio.TimerHandle
     _streams: Streams
     datagrams: Datagrams
     router: Router
@@ -193,6 +196,7 @@ class ServalStack:
         stack._loop.add_reader(stack._dataplane.monitor.fileno(), stack._host_changed)
         stack._loop.add_reader(stack._dataplane.too_big.fileno(), stack._too_big)
         stack._loop.add_reader(stack._dataplane.neighbours.fileno(), stack._dataplane.neighbours_changed)
+        stack._remind()
         stack.stack_socket.register("flows", lambda _: stack.flows())
         stack.stack_socket.register("endpoints", lambda _: stack.datagrams.snapshot())
         for name, handler in ServiceRequests(stack.services).handlers().items():
@@ -222,6 +226,7 @@ class ServalStack:
         self._loop.remove_reader(self._dataplane.too_big.fileno())
         self._loop.remove_reader(self._dataplane.neighbours.fileno())
         self._effects.close()
+        self._reminder.cancel()
         self.router.stop()
         self._dataplane.close()
         self.stack_socket.close()
@@ -370,6 +375,10 @@ class ServalStack:
                 self._sal.peer_seen(flow_id, address, port, now)
             else:
                 self._sal.native_proved(flow_id)
+
+    def _remind(self) -> None:
+        self._dataplane.remind_of_limits()
+        self._reminder = self._loop.call_later(REMINDER_INTERVAL_S, self._remind)
 
     def _too_big(self) -> None:
         for quoted, mtu_bytes in self._dataplane.too_big.take():

@@ -4,7 +4,8 @@ The socket's own addresses stay what they were, so that it notices nothing by it
 path would have sent, handed in through the device that everything for it comes through:
 
 - A smaller MTU: ICMP "fragmentation needed" (RFC 1191). The kernel lowers its segment size at once and repeats what
-  was too large. A larger one needs no message: the kernel forgets the smaller after `net.ipv4.route.mtu_expires`.
+  was too large. The kernel forgets that after `net.ipv4.route.mtu_expires`, so it is reminded every now and then while
+  the path carries less than the handshake allowed for. A larger MTU therefore needs no message.
 - Data repeated in vain on the old path: ICMP "host unreachable" for the first unacknowledged segment. The kernel
   takes back one doubling of its timeout for each (RFC 6069), and repeats the segment when the shorter one is over.
   Congestion window and round-trip time stay: acknowledgements of the new path correct them, and slow start after

@@ -11,10 +11,11 @@ import os
 import socket
 import struct
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ FLOW_OTHER_LOCAL, FLOW_OTHER_PEER = slice(72, 76), slice(76, 80)
 FLOW_STATE = struct.Struct("=QQIBBBBIIIII20xQQBBBB4s2s38x")
 EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
-SOCKET_STATE = struct.Struct("=IIIII")
+SOCKET_STATE = struct.Struct("=IIIIII")
 LOOK_PACKET = bytes(64)  # serval_look answers in it
 LOOK_FOUND = 0  # TC_ACT_OK
 TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
@@ -88,6 +89,7 @@ OLD_SEQUENCE_BYTES = 1 << 30  # before any window that a socket can have: such a
 UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0, 0, 0
+REMINDERS_MAX = 256  # at a time: of all flows there can be, within half of the kernel's ten minutes
 NATIVE_DOUBTS = NATIVE_FOLLOW = 2  # as in bpf/native.h
 
 
@@ -124,6 +126,7 @@ class FlowFeatures(NamedTuple):
 
     peer_is_ours: bool
     timestamps: bool
+    mss_bytes: int
 
 
 class SocketState(NamedTuple):
@@ -134,6 +137,7 @@ class SocketState(NamedTuple):
     send_unacknowledged: int
     timeouts: int  # of the first unacknowledged segment
     mss_bytes: int  # of what it sends, TCP options not counted
+    send_next: int
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class KernelDataPlane:
         self._slot_of: dict[int, int] = {}
         self._native_port_of: dict[int, int] = {}
         self._features_of: dict[int, FlowFeatures] = {}
+        self._limits: OrderedDict[FlowID, int] = OrderedDict()  # MTUs that sockets have to be reminded of
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
@@ -395,7 +400,9 @@ class KernelDataPlane:
         if native is not None:
             self._native_port_of[flow_id] = native.local_port
             self.native_ports.give(native.local_port, flow_id)
-        self._features_of[flow_id] = FlowFeatures(flow.peer_is_ours, parameters.timestamp is not None)
+        self._features_of[flow_id] = FlowFeatures(
+            flow.peer_is_ours, parameters.timestamp is not None, parameters.mss_bytes
+        )
         self._received_from[fd] = parameters.receive_next
         return fd
 
@@ -468,8 +475,28 @@ class KernelDataPlane:
     def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
         features = self._features_of.get(flow_id)
         options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
+        if features is not None and features.mss_bytes > mss_for_path(mtu_bytes):
+            self._limits[flow_id] = mtu_bytes
+        else:
+            self._limits.pop(flow_id, None)
         if seen.mss_bytes + options_bytes > mss_for_path(mtu_bytes):
-            self._hand_packet(after_move.too_big(self._ends(flow_id), seen.send_unacknowledged, mtu_bytes))
+            self._hand_too_big(flow_id, seen, mtu_bytes)
+
+    def _hand_too_big(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
+        # The kernel ignores errors about what is acknowledged by the time that they come: the newest has the best chance.
+        self._hand_packet(after_move.too_big(self._ends(flow_id), seen.send_next, mtu_bytes))
+
+    def remind_of_limits(self) -> None:
+        """Tell some of the sockets again how large their packets may be, those first that have not been told for the longest time.
+
+        The kernel forgets it after `net.ipv4.route.mtu_expires`, unless it is told again in the second half of that
+        time. What is too large then has no router on its way that would say so.
+        """
+        for flow_id in list(islice(self._limits, REMINDERS_MAX)):
+            self._limits.move_to_end(flow_id)
+            seen = self.look(flow_id)
+            if seen is not None and seen.mss_bytes:
+                self._hand_too_big(flow_id, seen, self._limits[flow_id])
 
     def _ends(self, flow_id: FlowID) -> after_move.VirtualTuple:
         return after_move.VirtualTuple(self._address, self._port, self._network | flow_id >> 16, flow_id & 0xFFFF)
@@ -504,6 +531,7 @@ class KernelDataPlane:
             self.native_ports.take_back(native_port, flow_id)
         slot = self._slot_of.pop(flow_id, None)
         self._features_of.pop(flow_id, None)
+        self._limits.pop(flow_id, None)
         if slot is not None:
             self._slots.append(slot)
         return counters

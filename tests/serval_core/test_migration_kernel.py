@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from dataclasses import replace
+from time import monotonic, sleep
 
 import pytest
 
@@ -99,6 +100,28 @@ def test_a_smaller_mtu_of_the_new_path_is_obeyed(lab: Lab) -> None:
         for transfer, bytes_before in zip(transfers, before, strict=True):
             wait_for(lambda t=transfer, b=bytes_before: t.received_bytes > b + 3_000_000, "data on the new path")
             transfer.finish()
+        ends.close()
+
+
+def test_a_smaller_mtu_is_not_forgotten(lab: Lab) -> None:
+    """The kernel forgets it after a while (ten minutes, if nobody says otherwise), and no router would complain."""
+    hosts = two_paths(lab, second_mtu=1280)
+    hosts[0].run(["sysctl", "-qw", "net.ipv4.route.mtu_expires=3"])
+    with StackThread(hosts[0], sal=QUICK) as client, StackThread(hosts[1], sal=QUICK) as server:
+        ends = Ends(hosts, client, server)
+        transfer = Transfer(ends.near, ends.far)
+        ends.near_mover.move(ends.near_id, "eth1")
+        sizes = set()
+        until = monotonic() + 5.0
+        while monotonic() < until:
+            seen = client.call(lambda: client.stack._dataplane.look(ends.near_id))
+            assert seen is not None
+            sizes.add(seen.mss_bytes)
+            sleep(0.05)
+        assert max(sizes) < 1280
+        transfer.finish()
+        ends.near_mover.move(ends.near_id, "eth0")
+        assert not client.stack._dataplane._limits
         ends.close()
 
 

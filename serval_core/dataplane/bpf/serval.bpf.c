@@ -475,6 +475,7 @@ int serval_look(struct __sk_buff *skb)
 		found->send_unacknowledged = tcp->snd_una;
 		found->timeouts = tcp->icsk_retransmits;
 		found->mss = tcp->mss_cache;
+		found->send_next = tcp->snd_nxt;
 	}
 	bpf_sk_release(socket);
 	return TC_ACT_OK;

@@ -90,6 +90,7 @@ struct socket_state {
 	__u32 send_unacknowledged;
 	__u32 timeouts; /* how often the first unacknowledged segment was repeated because its time had run out */
 	__u32 mss; /* of the segments that the socket sends, less its TCP options */
+	__u32 send_next;
 };
 
 struct flow_event {
