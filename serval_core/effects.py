@@ -106,10 +106,14 @@ class ExpectPeer:
 
 @dataclass(frozen=True, slots=True)
 class LimitSegments:
-    """The path of a flow carries IP packets of `mtu_bytes`: let its socket send none that are larger."""
+    """The path of a flow carries IP packets of `mtu_bytes`: let its socket send none that are larger.
+
+    Unless it is `lasting`, the kernel tries larger ones again after a while (RFC 1191, 6.3).
+    """
 
     flow_id: FlowID
     mtu_bytes: int
+    lasting: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def reported(core: Core, quoted: bytes, mtu_bytes: int) -> None:
     elif mtu_bytes >= sent_bytes:
         core.drop("meaningless_icmp_error")
         return
-    _limit(core, flow, mtu_bytes)
+    _limit(core, flow, mtu_bytes, False)  # a router would complain again, but a forger's success is to end
 
 
 def _flow_of(core: Core, quoted: bytes) -> tuple[Flow, bool] | None:
@@ -67,13 +67,13 @@ def suspected(core: Core, flow: Flow) -> None:
     smaller = next((each for each in TRIED_BYTES if each < flow.mtu_bytes), MTU_MIN_BYTES)
     if smaller < flow.mtu_bytes:
         core.counters["path_mtu_tried"] += 1
-    _limit(core, flow, smaller)
+    _limit(core, flow, smaller, True)
 
 
-def _limit(core: Core, flow: Flow, mtu_bytes: int) -> None:
+def _limit(core: Core, flow: Flow, mtu_bytes: int, lasting: bool) -> None:
     mtu_bytes = max(mtu_bytes, MTU_MIN_BYTES)
     if mtu_bytes < flow.mtu_bytes:
         flow.mtu_bytes = mtu_bytes
         core.counters["path_mtu_lowered"] += 1
     # Also when it is no news: the kernel forgets what it was told (net.ipv4.route.mtu_expires), and sends large ones again.
-    core.effects.append(LimitSegments(flow.flow_id, min(mtu_bytes, flow.mtu_bytes)))
+    core.effects.append(LimitSegments(flow.flow_id, min(mtu_bytes, flow.mtu_bytes), lasting))

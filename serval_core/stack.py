@@ -154,7 +154,7 @@ class ServalStack:
         effects.carry_out |= {
             SendPacket: stack._send_packet,
             ExpectPeer: lambda effect: stack._dataplane.expect_peer(effect.flow_id, effect.address),
-            LimitSegments: lambda effect: stack._dataplane.limit_segments(effect.flow_id, effect.mtu_bytes),
+            LimitSegments: stack._dataplane.limit_segments,
             ExpectData: lambda effect: stack._dataplane.expect_data(effect.flow_id),
             ForgetExpected: lambda effect: stack._dataplane.forget_expected(effect.flow_id),
             Happened: stack.services.happened,

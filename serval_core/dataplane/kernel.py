@@ -40,7 +40,7 @@ from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
 from serval_core.dataplane.too_big import TooBigMessages
-from serval_core.effects import MovePath, OpenTransport
+from serval_core.effects import LimitSegments, MovePath, OpenTransport
 from serval_core.errors import KernelRefused
 from serval_core.framing import Framing
 from serval_core.handshake import OUTER_UDP_BYTES, mss_for_path
@@ -458,26 +458,27 @@ class KernelDataPlane:
 
     def _resume(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
         """Tell the kernel socket of a flow what the new path means for it."""
-        self._limit_segments(flow_id, seen, mtu_bytes)
+        self._limit_segments(flow_id, seen, mtu_bytes, True)
         for _ in range(min(seen.timeouts, after_move.DOUBLINGS_MAX)):
             self._hand_packet(after_move.unreachable(self._ends(flow_id), seen.send_unacknowledged))
         old_sequence = seen.receive_next - OLD_SEQUENCE_BYTES & 0xFFFFFFFF
         self._hand(flow_id, tcp_segment.ACK, old_sequence, seen.send_unacknowledged)
 
-    def limit_segments(self, flow_id: FlowID, mtu_bytes: int) -> None:
-        """The path of a flow carries IP packets of `mtu_bytes`: the kernel socket is to send none that are larger."""
+    def limit_segments(self, wanted: LimitSegments) -> None:
+        """Have a flow's kernel socket send no packets that are larger than its path carries."""
+        flow_id = wanted.flow_id
         seen = self.look(flow_id)
         value = self._flows.get(FLOW_KEY.pack(flow_id))
         if seen is not None and seen.mss_bytes and value is not None:
             outer_bytes = OUTER_UDP_BYTES if any(value[FLOW_OUTER_PORTS]) else 0
-            self._limit_segments(flow_id, seen, mtu_bytes - outer_bytes)
+            self._limit_segments(flow_id, seen, wanted.mtu_bytes - outer_bytes, wanted.lasting)
 
-    def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
+    def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int, lasting: bool) -> None:
         features = self._features_of.get(flow_id)
         options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
-        if features is not None and features.mss_bytes > mss_for_path(mtu_bytes):
+        if lasting and features is not None and features.mss_bytes > mss_for_path(mtu_bytes):
             self._limits[flow_id] = mtu_bytes
-        else:
+        elif lasting:
             self._limits.pop(flow_id, None)
         if seen.mss_bytes + options_bytes > mss_for_path(mtu_bytes):
             self._hand_too_big(flow_id, seen, mtu_bytes)

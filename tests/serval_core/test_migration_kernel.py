@@ -121,7 +121,7 @@ def test_a_smaller_mtu_is_not_forgotten(lab: Lab) -> None:
         assert max(sizes) < 1280
         transfer.finish()
         ends.near_mover.move(ends.near_id, "eth0")
-        assert not client.stack._dataplane._limits
+        assert not client.stack._dataplane._limits, "the first path carries what the handshake allowed for"
         ends.close()
 
 

@@ -118,6 +118,14 @@ def test_no_error_makes_packets_tiny() -> None:
     assert sender.limits() == [MTU_MIN_BYTES]
 
 
+def test_what_anybody_can_say_is_forgotten_and_what_was_found_out_is_not() -> None:
+    sender = Sender()
+    sender.host.sal.packet_too_big(sender.quoted(), 1300)
+    sender.host.sal.try_smaller_packets(sender.flow.flow_id)
+    limits = [each for each in sender.host.sal.take_effects() if isinstance(each, LimitSegments)]
+    assert [(each.mtu_bytes, each.lasting) for each in limits] == [(1300, False), (1280, True)]
+
+
 def test_forged_and_meaningless_errors_change_nothing() -> None:
     sender = Sender()
     sal = sender.host.sal
