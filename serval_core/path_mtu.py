@@ -38,6 +38,9 @@ def reported(core: Core, quoted: bytes, mtu_bytes: int) -> None:
     if not knows_peer or int.from_bytes(quoted[16:20], "big") != flow.peer_address:
         core.drop("spoofed_icmp_error")
         return
+    if int.from_bytes(quoted[12:16], "big") != flow.local_address:
+        core.drop("late_icmp_error")  # the flow has left the path that this is about
+        return
     sent_bytes = int.from_bytes(quoted[2:4], "big")
     if not mtu_bytes:
         mtu_bytes = next((each for each in PLATEAUS_BYTES if each < sent_bytes), MTU_MIN_BYTES)

@@ -118,6 +118,15 @@ def test_no_error_makes_packets_tiny() -> None:
     assert sender.limits() == [MTU_MIN_BYTES]
 
 
+def test_an_error_about_the_path_that_a_flow_has_left_says_nothing_about_the_new_one() -> None:
+    sender = Sender()
+    late = sender.quoted()
+    sender.flow.local_address += 1
+    sender.host.sal.packet_too_big(late, 1300)
+    assert sender.limits() == []
+    assert sender.host.sal.counters["dropped_late_icmp_error"] == 1
+
+
 def test_what_anybody_can_say_is_forgotten_and_what_was_found_out_is_not() -> None:
     sender = Sender()
     sender.host.sal.packet_too_big(sender.quoted(), 1300)
