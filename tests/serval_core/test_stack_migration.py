@@ -119,7 +119,7 @@ def test_a_move_that_leads_nowhere_is_told(operator: Operator) -> None:
         (["flow", "FIRST"], WRONG_USE, "either the name of an interface, or --to with an address"),
         (["flow", "FIRST", "eth1", "--to", CLIENT[1]], WRONG_USE, "either the name of an interface, or --to with an address"),
         (["flow", "FIRST", "--to", "10.1.1"], WRONG_USE, "--to 10.1.1"),
-        (["flow", "x", "eth1"], WRONG_USE, "'x' is not a valid integer"),
+        (["flow", "x", "eth1"], WRONG_USE, "'x' is no whole number"),
         (["service", "0x", "eth1"], WRONG_USE, "0x"),
     ],
 )

@@ -24,6 +24,7 @@ packets = st.builds(
     flags_fragment=words,
     tos=octets,
     payload=st.binary(max_size=100),
+    outer_ports=st.none(),  # never written
 )
 
 
