@@ -335,6 +335,7 @@ class ServalStack:
             "flow_map_entries": self._dataplane.entries(),
             **{f"native_{name}": count for name, count in self.native.counters.items()},
             "open_transports": len(self._streams.connections),
+            "repeated_after_moves": self._streams.lost_with_path.repeated,
             "unattended_flows": len(self.unattended),
             "unattended_given_up": self.unattended.given_up,
         }

@@ -33,6 +33,7 @@ from serval_core.effects import (
     ResetTransport,
 )
 from serval_core.errors import KernelRefused
+from serval_core.lost_with_path import LostWithPath
 from serval_core.names import FlowID, ServiceID, ServicePrefix
 from serval_core.sal import ServiceAccessLayer
 from serval_core.stack_services import StackServices
@@ -72,6 +73,7 @@ class Streams:
         self._pending: dict[int, PendingConnect] = {}
         self._listeners: dict[int, Listener] = {}
         self.wrong_injected = 0
+        self.lost_with_path = LostWithPath(dataplane)
         self.carry_out: dict[type[Effect], Callable[[Any], None]] = {
             OpenTransport: self._open_transport,
             MovePath: self._move_path,
@@ -100,6 +102,7 @@ class Streams:
 
     def forget_all(self) -> None:
         """Take down what is left, silently."""
+        self.lost_with_path.close()
         for connection in list(self.connections.values()):
             self._forget(connection)
 
@@ -191,7 +194,8 @@ class Streams:
             self._datagram_flows.moved(effect)
             return
         connection.local_address, connection.peer_address = effect.local_address, effect.peer_address
-        self._dataplane.move(effect)
+        if self._dataplane.move(effect):
+            self.lost_with_path.moved(effect.flow_id)
 
     def _inject_segment(self, effect: InjectSegment) -> None:
         if effect.flow_id in self.connections and not self._dataplane.inject(

@@ -10,6 +10,9 @@ path would have sent, handed in through the device that everything for it comes 
   takes back one doubling of its timeout for each (RFC 6069), and repeats the segment when the shorter one is over.
   Congestion window and round-trip time stay: acknowledgements of the new path correct them, and slow start after
   the timeout means that no burst meets a path that nobody knows.
+- Data lost with a path that broke (`lost_with_path`): ICMP "fragmentation needed" once more, for one byte less than the
+  socket sends. So all that is unacknowledged was too large, and is repeated at once, as far as the congestion window goes.
+  The window stays, as a packet that was too large says nothing of congestion (RFC 1191, 6.5).
 - Acknowledgements and window updates that went to nowhere: an old segment without data, which makes the socket
   acknowledge what it has (RFC 9293, 3.10.7.4). The peer's TCP may be waiting for a window.
 """

@@ -81,7 +81,7 @@ FLOW_OTHER_LOCAL, FLOW_OTHER_PEER = slice(72, 76), slice(76, 80)
 FLOW_STATE = struct.Struct("=QQIBBBBIIIII20xQQBBBB4s2s38x")
 EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
-SOCKET_STATE = struct.Struct("=IIIIII")
+SOCKET_STATE = struct.Struct("=IIIIIII")
 LOOK_PACKET = bytes(64)  # serval_look answers in it
 LOOK_FOUND = 0  # TC_ACT_OK
 TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
@@ -138,6 +138,7 @@ class SocketState(NamedTuple):
     timeouts: int  # of the first unacknowledged segment
     mss_bytes: int  # of what it sends, TCP options not counted
     send_next: int
+    round_trip_us: int  # smoothed; 0: not known
 
 
 @dataclass(frozen=True)
@@ -463,6 +464,16 @@ class KernelDataPlane:
             self._hand_packet(after_move.unreachable(self._ends(flow_id), seen.send_unacknowledged))
         old_sequence = seen.receive_next - OLD_SEQUENCE_BYTES & 0xFFFFFFFF
         self._hand(flow_id, tcp_segment.ACK, old_sequence, seen.send_unacknowledged)
+
+    def repeat_all(self, flow_id: FlowID, seen: SocketState) -> None:
+        """Have the kernel socket repeat all that is unacknowledged, at once: it was lost with a path that is no more."""
+        features = self._features_of.get(flow_id)
+        options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
+        headers_bytes = sal.BASE_BYTES + ipv4.HEADER_BYTES + tcp_segment.HEADER_BYTES + options_bytes
+        mtu_bytes = headers_bytes + seen.mss_bytes - 1
+        if flow_id in self._limits:
+            self._limits[flow_id] = mtu_bytes  # the kernel ignores being reminded of a larger one
+        self._hand_too_big(flow_id, seen, mtu_bytes)
 
     def limit_segments(self, wanted: LimitSegments) -> None:
         """Have a flow's kernel socket send no packets that are larger than its path carries."""

@@ -476,6 +476,7 @@ int serval_look(struct __sk_buff *skb)
 		found->timeouts = tcp->icsk_retransmits;
 		found->mss = tcp->mss_cache;
 		found->send_next = tcp->snd_nxt;
+		found->round_trip_us = tcp->srtt_us >> 3;
 	}
 	bpf_sk_release(socket);
 	return TC_ACT_OK;

@@ -91,6 +91,7 @@ struct socket_state {
 	__u32 timeouts; /* how often the first unacknowledged segment was repeated because its time had run out */
 	__u32 mss; /* of the segments that the socket sends, less its TCP options */
 	__u32 send_next;
+	__u32 round_trip_us; /* smoothed; 0: not known */
 };
 
 struct flow_event {
