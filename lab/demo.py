@@ -9,6 +9,7 @@ should be.
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,8 +42,8 @@ FRAMING = ("--framing", "sal")  # every packet is counted
 PORT = 80
 DOWNLOAD_BYTES = 768 << 20
 UPLOAD_BYTES = 256 << 20
-SLOW_BYTES = 10 << 20
-SLOW_RATE = "1M"
+SLOW_BYTES = 64 << 20  # more than all buffers on the way hold
+SLOW_RATE = "16M"
 PAIRS = 7
 MTU_BYTES = 1500
 FLOW_TABLE_COLUMNS = 120
@@ -109,11 +110,13 @@ def move_files(chain: Chain, findings: Seen, here: Path, there: Path, sent: dict
     with transfer_progress() as progress:
         slow = curl(chain.client, "--limit-rate", SLOW_RATE, "-o", here / "slow", f"{url}/slow")
         wait_for((here / "slow").exists, "the first bytes of the slow download")
+        slow.send_signal(signal.SIGSTOP)  # its flow stays open for as long as the tables take
         fast = curl(chain.client, "-o", here / "download", f"{url}/download")
         tables = {name: show_flows(side) for name, side in sides(chain).items()}
         watch(progress, "download", fast, here / "download", DOWNLOAD_BYTES)
         for name, table in tables.items():
             findings.flow_tables[name] = table.communicate(timeout=TRANSFER_TIMEOUT_S)[0]
+        slow.send_signal(signal.SIGCONT)
         putting = curl(chain.client, "-T", here / "upload", f"{url}/upload")
         watch(progress, "upload", putting, there / "upload", UPLOAD_BYTES)
         watch(progress, "slow download", slow, here / "slow", SLOW_BYTES)

@@ -19,9 +19,13 @@ from lab.waiting import NeverHappened, wait_for
 IP_UDP_HEADER_BYTES = 28
 IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2  # linux/in.h; Python 3.11 has no names for them
 
+NAMESPACES = Path("/run/netns")
+
 
 def namespaces() -> set[str]:
-    return {line.split()[0] for line in subprocess.check_output(["ip", "netns"], text=True).splitlines()}
+    """Those of this process: other labs may come and go meanwhile."""
+    names = {line.split()[0] for line in subprocess.check_output(["ip", "netns"], text=True).splitlines()}
+    return {name for name in names if f".{os.getpid()}." in name}
 
 
 def pair(lab: Lab) -> tuple[Host, Host]:
@@ -161,11 +165,11 @@ with Lab() as lab:
         assert victim.stdout
         namespace, directory, child = victim.stdout.readline().split()
         assert remove_leftovers() == []
-        assert namespace in namespaces()
+        assert (NAMESPACES / namespace).exists()
         os.kill(victim.pid, signal.SIGKILL)
         victim.wait()
     with Lab():
-        assert namespace not in namespaces()
+        assert not (NAMESPACES / namespace).exists()
         assert not Path(directory).exists()
         wait_for(
             lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text(),
