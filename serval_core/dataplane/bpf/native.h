@@ -38,20 +38,28 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 		state->native_repeats = 0;
 		state->peer_in_sal = 0;
 		state->sal_sent_end = state->native_sent_end;
-		state->path_began = state->native_sent_end;
+		state->native_began = state->native_sent_end;
 	}
 	if (is_before(state->native_sent_end, end))
 		state->native_sent_end = end;
+	if (!state->in.packets || state->peer_in_sal >= NATIVE_FOLLOW) {
+		if (is_before(state->native_began, end))
+			state->native_began = end;
+		goto in_sal;
+	}
 	/* A reset ends a connection, and ports are all it would take to forge one: it keeps its SAL header. */
-	if ((flags & TCP_FLAG_RST) || !state->in.packets || state->peer_in_sal >= NATIVE_FOLLOW)
+	if (flags & TCP_FLAG_RST)
 		goto in_sal;
 	if (!repeated)
 		goto decided;
 	if (seq == end)
 		goto in_sal; /* a probe or keepalive: whether it gets through matters more than what it costs */
 	if (!state->native_proved) {
-		/* Data that took the old path is late, or lost, because of that. */
-		if (!is_before(seq, state->path_began) && state->native_doubts < NATIVE_DOUBTS && !state->native_doubts++)
+		/*
+		 * Data that took the old path is late, or lost, because of that. Data behind a SAL header takes longer through the
+		 * hosts, so native data overtakes it, and what the socket then repeats says nothing of native data either.
+		 */
+		if (!is_before(seq, state->native_began) && state->native_doubts < NATIVE_DOUBTS && !state->native_doubts++)
 			tell(id, EVENT_NATIVE_DOUBTED);
 		goto in_sal;
 	}

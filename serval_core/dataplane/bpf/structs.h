@@ -71,7 +71,7 @@ struct flow_state {
 	__u32 sal_sent_end;    /* behind all that was sent in framing sal; what is acknowledged beyond it came natively */
 	__u32 native_repeated; /* of the segment that was repeated last */
 	__u32 path_number;
-	__u32 path_began; /* sequence number, host order: what is before it was sent before the flow took this path */
+	__u32 native_began; /* sequence number, host order: what is before it was sent on another path or in framing sal */
 	__u8 padding_out[20];
 	struct direction_counters in;
 	__u8 fin_acknowledged;

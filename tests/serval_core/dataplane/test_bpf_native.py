@@ -253,6 +253,29 @@ def test_what_is_late_because_of_a_move_says_nothing_about_the_new_path(programs
     assert events(programs) == []
 
 
+def test_what_native_data_overtook_says_nothing_about_native_data(programs: BpfObject) -> None:
+    assert [send(programs, START + 5 * step) for step in range(4)] == ["sal"] * 4
+    arrive(programs, framing="sal")
+    assert send(programs, START + 20) == "native"
+    assert [send(programs, START + 5 * step) for step in range(4)] == ["sal"] * 4, "repeated as it was sent"
+    assert send(programs, START + 25) == "native"
+    assert events(programs) == []
+    assert [send(programs, START + 20), send(programs, START + 25)] == ["sal", "sal"], "but these had been native"
+    assert send(programs, START + 30) == "sal"
+    assert events(programs) == [FlowEvent.NATIVE_DOUBTED]
+
+
+def test_what_was_sent_in_sal_to_follow_the_peer_says_nothing_either(programs: BpfObject) -> None:
+    for _ in range(2):
+        arrive(programs, payload=b"data", framing="sal")
+    assert [send(programs, START), send(programs, START + 5)] == ["sal", "sal"]
+    arrive(programs, payload=b"data")
+    assert send(programs, START + 10) == "native"
+    assert [send(programs, START), send(programs, START + 5)] == ["sal", "sal"]
+    assert send(programs, START + 15) == "native"
+    assert events(programs) == []
+
+
 def test_tells_a_proof_when_asked(programs: BpfObject) -> None:
     put_flow(programs, FLOW_NATIVE | FLOW_TELL_PROOF)
     arrive(programs)
