@@ -19,14 +19,11 @@ from serval_core.names import parse_service
 from serval_core.sal_settings import SalSettings
 from serval_core.stack import ServalStack, StackSettings
 
-RECEIVE_TIMEOUT_S = 60.0
-
 
 def receive(connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
     """Drain one flow in this thread, then hand it back to the stack on the loop's."""
-    # The stack owns the descriptor and keeps it nonblocking, which a timeout does not change.
+    # The stack owns the descriptor and keeps it nonblocking, which the timeout that `drain` sets does not change.
     borrowed = socket.socket(fileno=os.dup(connection.fd))
-    borrowed.settimeout(RECEIVE_TIMEOUT_S)
     try:
         drain(borrowed)
     except OSError:

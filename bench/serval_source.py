@@ -18,15 +18,6 @@ from serval_core.names import parse_address, parse_service
 from serval_core.sal_settings import SalSettings
 from serval_core.stack import ServalStack, StackSettings
 
-SEND_TIMEOUT_S = 30.0
-
-
-def borrowed(connection: Connection) -> socket.socket:
-    """A blocking socket of our own for a flow."""
-    own = socket.socket(fileno=os.dup(connection.fd))
-    own.settimeout(SEND_TIMEOUT_S)
-    return own
-
 
 async def run(service: str, address: str, duration_s: float, framing: Framing) -> dict[str, float]:
     """Connect, send, and tell what `bench.stream.send` tells."""
@@ -40,7 +31,7 @@ async def run(service: str, address: str, duration_s: float, framing: Framing) -
             parse_address(address),
         )
         connection = await connected
-        seen = await asyncio.to_thread(send, lambda: borrowed(connection), duration_s)
+        seen = await asyncio.to_thread(send, lambda: socket.socket(fileno=os.dup(connection.fd)), duration_s)
         connection.release()
         return seen
     finally:

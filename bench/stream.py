@@ -17,14 +17,17 @@ from collections.abc import Callable
 from bench.machine import CpuTime
 
 CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 60.0
 
 
 def drain(connection: socket.socket) -> None:
-    """Receive until EOF, answer with {"bytes", "seconds"} and close. Takes the socket, which must block.
+    """Receive until EOF, answer with {"bytes", "seconds"} and close. Takes the socket. OSError when nothing comes for a minute.
 
     The time runs from the first byte to EOF, so neither connecting nor what the sender buffers counts.
     """
     buffer = bytearray(CHUNK_BYTES)
+    # Python asks poll() before each call then. A native program has to, since the stack's sockets do not block: so all do.
+    connection.settimeout(TIMEOUT_S)
     with connection:
         received = first = connection.recv_into(buffer)
         started = time.perf_counter()
@@ -47,7 +50,7 @@ def send(connect: Callable[[], socket.socket], duration_s: float) -> dict[str, f
     chunk = memoryview(bytes(CHUNK_BYTES))
     cpu_before, started = CpuTime.now(), time.perf_counter()
     with connect() as connection:
-        connection.settimeout(30)
+        connection.settimeout(TIMEOUT_S)
         end = time.perf_counter() + duration_s
         while time.perf_counter() < end:
             connection.send(chunk)

@@ -8,15 +8,14 @@ priority or handle, so that the next start finds and removes what a crash left (
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
-import subprocess
 from collections.abc import Set
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 from serval_core.dataplane.filters import Filters, Place
+from serval_core.dataplane.netfilter import NetfilterRules
 from serval_core.dataplane.netlink import Netlink
 from serval_core.errors import KernelRefused
 from serval_core.names import format_address
@@ -38,7 +37,6 @@ ROUTE_METRICS = {
 FILTER_PRIORITY = 0x5341
 # Asked after serval_in, which takes the data of this host's flows.
 ROUTER_FILTER_PRIORITY = 0x5342
-NFT_TABLE = "serval"
 
 SEGMENTATION_OFF = dict.fromkeys(
     (
@@ -71,6 +69,7 @@ class Devices:
         self._local_address = format_address(local_address)
         self._remote_network = format_address(remote_network) + "/16"
         self._gateway = format_address(remote_network + 1)
+        self.netfilter = NetfilterRules(ANCHOR, ANCHOR_OUTER, self._local_address)
         self._own_filters = Filters(netlink)
         self._filters = Filters(netlink)  # on the interfaces of others
 
@@ -86,9 +85,7 @@ class Devices:
                 index, (FILTER_PRIORITY, ROUTER_FILTER_PRIORITY)
             ):
                 found.append(f"filter on {name}")
-        if self._remove_nft_table():
-            found.append(f"nft table {NFT_TABLE}")
-        return found
+        return found + self.netfilter.remove()
 
     def create(self) -> dict[str, int]:
         """Create devices, address and route; returns name -> interface index."""
@@ -160,7 +157,7 @@ class Devices:
                 metrics=ROUTE_METRICS,
             ),
         )
-        self._add_nft_table()
+        self.netfilter.create()
         return indexes
 
     def attach_own(self, indexes: dict[str, int], out_fd: int, insert_fd: int) -> None:
@@ -191,37 +188,9 @@ class Devices:
         self._own_filters.close()
         for name in (ANCHOR, CHECKSUM):
             self._delete_link(name)
-        self._remove_nft_table()
+        self.netfilter.remove()
 
     def _delete_link(self, name: str) -> None:
         with contextlib.suppress(OSError):  # not there: nothing to delete
             index = socket.if_nametoindex(name)
             self._netlink.run(f"delete {name}", lambda ip: ip.link("del", index=index))
-
-    def _add_nft_table(self) -> None:
-        """Our segments never show conntrack a SYN, so they bypass it. Without nft there is no such rule and none is needed
-        unless some other tool tracks connections: `doctor` tells."""
-        rules = f"""
-        table ip {NFT_TABLE} {{
-          chain output {{ type filter hook output priority raw; policy accept; oifname "{ANCHOR}" notrack; }}
-          chain prerouting {{ type filter hook prerouting priority raw; policy accept; iifname "{ANCHOR}" notrack; }}
-        }}"""
-        # While the BPF programs run nothing of this gets to serval1. They vanish with a process that is killed, and the kernel
-        # sockets that other programs hold would repeat what nobody sends on: they are reset at their first word, a kept-alive
-        # silent one at its next probe. In a transaction of its own, since a kernel may lack `reject`.
-        orphans = f"""
-        table ip {NFT_TABLE} {{
-          chain orphans {{
-            type filter hook prerouting priority raw; policy accept;
-            iifname "{ANCHOR_OUTER}" ip saddr {self._local_address} meta l4proto tcp reject with tcp reset
-          }}
-        }}"""
-        if shutil.which("nft"):
-            for text in (rules, orphans):
-                subprocess.run(["nft", "-f", "-"], input=text, text=True, check=False, capture_output=True)
-
-    def _remove_nft_table(self) -> bool:
-        if not shutil.which("nft"):
-            return False
-        result = subprocess.run(["nft", "delete", "table", "ip", NFT_TABLE], check=False, capture_output=True)
-        return result.returncode == 0

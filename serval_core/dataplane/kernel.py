@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -340,6 +341,7 @@ class KernelDataPlane:
             raise KernelRefused(
                 "flow table", errno.ENFILE, f"All {MAX_FLOWS} flows of the data plane are in use."
             )
+        self.devices.netfilter.connection_begins(time.monotonic())
         parameters = flow.parameters
         fd = tcp_repair.create_established(
             self._address,

@@ -110,7 +110,7 @@ def test_daemon_with_three_capabilities_of_an_unprivileged_user(lab: Lab) -> Non
         near, lab.directory / "near.log", "--config", file, command=[*as_user, *bounded, "--no-new-privs", *SERVALD]
     )
     assert (state / "registrations.sqlite").owner() == "nobody"
-    assert "reject with tcp reset" in near.run(["nft", "list", "table", "ip", "serval"]).stdout
+    assert "reject with tcp reset" in near.run(["nft", "list", "table", "netdev", "serval"]).stdout
     server = start_servald(far, lab.directory / "far.log")
     with running(far, sys.executable, "examples/echo_server.py", SERVICE, serving=SERVICE) as serving:
         connection = near.call(asyncio.run, aio.connect(SERVICE))

@@ -25,7 +25,7 @@ static __always_inline __u16 ipv4_checksum(const struct iphdr *ip)
 	return ~fold(sum);
 }
 
-/* Sum to add to a TCP checksum when the pseudo header's two addresses change (for bpf_l4_csum_replace). */
+/* Sum to add to a TCP checksum when the pseudo header's two addresses change (for replace_tcp_checksum). */
 static __always_inline __u64 address_difference(__be32 old_a, __be32 old_b, __be32 new_a, __be32 new_b)
 {
 	__u64 sum = (__u64)(__u32)~old_a + (__u32)~old_b + new_a + new_b;

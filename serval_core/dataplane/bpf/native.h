@@ -13,8 +13,8 @@
 #include "consts.h"
 #include "maps.h"
 #include "structs.h"
+#include "tcp_checksum.h"
 
-#define TCP_CHECK_OFFSET (ETHERNET_BYTES + IPV4_BYTES + 16)
 #define NATIVE_DOUBTS 2	 /* from then on all is sent in framing sal, until native data turns out to have got through */
 #define NATIVE_REPEATS 3 /* a segment that is repeated so often in a row puts a proved path into doubt */
 #define NATIVE_FOLLOW 2	 /* a peer that has sent so many data segments in framing sal gets that as well */
@@ -96,8 +96,7 @@ static __always_inline int send_native(struct __sk_buff *skb, struct flow *flow,
 	*(__be32 *)tcp = new_ports;
 	__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
 	__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
 	if (flow->flags & FLOW_NEIGHBOUR_KNOWN)
 		return bpf_redirect(flow->ifindex, 0);
 

@@ -22,6 +22,7 @@
 #include "structs.h"
 #include "maps.h"
 #include "checksum.h"
+#include "tcp_checksum.h"
 #include "frames.h"
 #include "native.h"
 #include "encapsulation.h"
@@ -70,6 +71,60 @@ static __always_inline void note_arrival(__be32 id, struct flow *flow, struct fl
 		state->fin_received = 1;
 	__sync_fetch_and_add(&state->in.packets, 1);
 	__sync_fetch_and_add(&state->in.bytes, length);
+}
+
+/*
+ * Send what the kernel's TCP made, superpackets included, behind a SAL header, and an outer one if there is to be one: here once per
+ * superpacket, what is left to do per packet is serval_insert's. Not inlined, for a stack of its own: without CAP_PERFMON the
+ * verifier forbids a number where a pointer was.
+ */
+static __noinline int send_behind_header(struct __sk_buff *skb, struct flow *flow)
+{
+	void *data = (void *)(long)skb->data;
+	struct iphdr *ip = data + ETHERNET_BYTES;
+	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES;
+
+	if ((void *)(tcp + 1) > (void *)(long)skb->data_end)
+		return drop(DROP_OUT_NOT_A_FLOW);
+	__u32 outer_bytes = flow->outer_local_port ? UDP_BYTES : 0;
+	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
+	__be32 ports = *(__be32 *)tcp;
+	__u32 needs_checksum = flow->flags & FLOW_COMPLETE_CHECKSUM;
+
+	ip->saddr = flow->local_address;
+	ip->daddr = flow->peer_address;
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = 0; /* both ports are 0 inside Serval (SPEC 4.1) */
+	/* The ports are covered by a checksum that is still to be computed over the payload, hence only the addresses count. */
+	replace_tcp_checksum(skb, tcp, ports, 0, difference);
+
+	if (bpf_skb_change_head(skb, outer_bytes + SAL_HEADER_BYTES, 0))
+		return drop(DROP_OUT_HEADROOM);
+	struct ethhdr *ethernet = (void *)(long)skb->data;
+	if ((void *)ethernet + sizeof(struct encapsulated_waiting_frame) > (void *)(long)skb->data_end)
+		return drop(DROP_OUT_HEADROOM);
+	/* Zeros unless FLOW_NEIGHBOUR_KNOWN. */
+	__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
+	__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
+	ethernet->h_proto = bpf_htons(ETH_P_IP);
+	__u32 mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
+	if (outer_bytes) {
+		struct encapsulated_waiting_frame *encapsulated = (void *)ethernet;
+
+		encapsulated->udp.source = flow->outer_local_port;
+		encapsulated->udp.dest = flow->outer_peer_port;
+		encapsulated->sal = flow->header_out;
+		mark |= MARK_ENCAPSULATED;
+	} else {
+		((struct waiting_frame *)ethernet)->sal = flow->header_out;
+	}
+	skb->mark = mark;
+
+	/* Both are loaded, or the compiler would choose between their addresses, which the verifier allows root only. */
+	__u32 finishing = virtual_network.checksum_ifindex, plain = virtual_network.segmenter_ifindex;
+	asm volatile("" : "+r"(finishing), "+r"(plain));
+	return bpf_redirect(needs_checksum ? finishing : plain, 0);
 }
 
 /*
@@ -135,48 +190,9 @@ int serval_out(struct __sk_buff *skb)
 		__sync_fetch_and_add(&state->out.bytes, wire_bytes);
 		return send_native(skb, flow, ip, tcp);
 	}
-	__u32 outer_bytes = flow->outer_local_port ? UDP_BYTES : 0;
-	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * (outer_bytes + SAL_HEADER_BYTES));
-
-	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
-	__be32 ports = *(__be32 *)tcp;
-	__u32 needs_checksum = flow->flags & FLOW_COMPLETE_CHECKSUM;
-
-	ip->saddr = flow->local_address;
-	ip->daddr = flow->peer_address;
-	ip->check = 0;
-	ip->check = ipv4_checksum(ip);
-	*(__be32 *)tcp = 0; /* both ports are 0 inside Serval (SPEC 4.1) */
-	/* The ports are covered by a checksum that is still to be computed over the payload, hence only the addresses count. */
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, ports, 0, 4);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
-
-	if (bpf_skb_change_head(skb, outer_bytes + SAL_HEADER_BYTES, 0))
-		return drop(DROP_OUT_HEADROOM);
-	struct ethhdr *ethernet = (void *)(long)skb->data;
-	if ((void *)ethernet + sizeof(struct encapsulated_waiting_frame) > (void *)(long)skb->data_end)
-		return drop(DROP_OUT_HEADROOM);
-	/* Zeros unless FLOW_NEIGHBOUR_KNOWN. */
-	__builtin_memcpy(ethernet->h_dest, flow->neighbour_mac, sizeof(flow->neighbour_mac));
-	__builtin_memcpy(ethernet->h_source, flow->own_mac, sizeof(flow->own_mac));
-	ethernet->h_proto = bpf_htons(ETH_P_IP);
-	__u32 mark = flow->ifindex | (flow->flags & FLOW_NEIGHBOUR_KNOWN ? 0 : MARK_NEIGHBOUR_UNKNOWN);
-	if (outer_bytes) {
-		struct encapsulated_waiting_frame *encapsulated = (void *)ethernet;
-
-		encapsulated->udp.source = flow->outer_local_port;
-		encapsulated->udp.dest = flow->outer_peer_port;
-		encapsulated->sal = flow->header_out;
-		mark |= MARK_ENCAPSULATED;
-	} else {
-		((struct waiting_frame *)ethernet)->sal = flow->header_out;
-	}
-	skb->mark = mark;
-
-	/* Both are loaded, or the compiler would choose between their addresses, which the verifier allows root only. */
-	__u32 finishing = virtual_network.checksum_ifindex, plain = virtual_network.segmenter_ifindex;
-	asm volatile("" : "+r"(finishing), "+r"(plain));
-	return bpf_redirect(needs_checksum ? finishing : plain, 0);
+	__u32 added_bytes = SAL_HEADER_BYTES + (flow->outer_local_port ? UDP_BYTES : 0);
+	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * added_bytes);
+	return send_behind_header(skb, flow);
 }
 
 /*
@@ -278,8 +294,7 @@ static __always_inline int receive_native(struct __sk_buff *skb, void *data, voi
 	ip->check = ipv4_checksum(ip);
 	*(__be32 *)tcp = new_ports;
 	address_to_anchor(data);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
 	return bpf_redirect(virtual_network.anchor_ifindex, BPF_F_INGRESS);
 }
 
@@ -358,8 +373,7 @@ static __always_inline int receive_behind_header(struct __sk_buff *skb, void *da
 	ip->check = ipv4_checksum(ip);
 	*(__be32 *)tcp = new_ports;
 	address_to_anchor(ethernet);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, old_ports, new_ports, 4);
-	bpf_l4_csum_replace(skb, TCP_CHECK_OFFSET, 0, difference, BPF_F_PSEUDO_HDR);
+	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
 	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);
 }
 
