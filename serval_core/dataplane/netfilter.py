@@ -38,7 +38,7 @@ class NetfilterRules:
     """The two tables of one stack. Without nft(8) there are none, and `doctor` says what that means."""
 
     def __init__(self, anchor: str, anchor_outer: str, local_address: str) -> None:
-        """`anchor`: the device of the kernel sockets, whose address is `local_address`; `anchor_outer`: the other end of the pair."""
+        """`anchor`: the device of the kernel sockets, which have `local_address`; `anchor_outer`: the other end of the pair."""
         self._names = {
             "table": NFT_TABLE,
             "anchor": anchor,
