@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 from serval_core.errors import OurMistake
 from serval_core.names import DEFAULT_PREFIX, ServicePrefix
@@ -35,6 +35,14 @@ class RuleType(Enum):
     DEMUX = 2
     DELAY = 3
     DROP = 4
+
+
+class _OriginAndEnd(TypedDict, total=False):
+    """What may be said of every rule that somebody adds, under the names that it has in `Rule`."""
+
+    origin: Origin
+    idle_timeout_s: float
+    hard_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +79,10 @@ class Rule:
         interface_index: int = 0,
         priority: int = FORWARD_PRIORITY,
         weight: int = FORWARD_WEIGHT,
-        origin: Origin = "manual",
-        idle_timeout_s: float = 0.0,
-        hard_timeout_s: float = 0.0,
+        **more: Unpack[_OriginAndEnd],
     ) -> Rule:
         """Send to the instance (or service router) at `address`."""
-        return cls(
-            prefix,
-            RuleType.FORWARD,
-            priority,
-            weight,
-            address,
-            interface_index,
-            origin=origin,
-            idle_timeout_s=idle_timeout_s,
-            hard_timeout_s=hard_timeout_s,
-        )
+        return cls(prefix, RuleType.FORWARD, priority, weight, address, interface_index, **more)
 
     @classmethod
     def broadcast_on(cls, address: int, interface_index: int) -> Rule:
@@ -114,43 +110,17 @@ class Rule:
 
     @classmethod
     def drop(
-        cls,
-        prefix: ServicePrefix,
-        *,
-        priority: int = DEMUX_PRIORITY,
-        origin: Origin = "manual",
-        idle_timeout_s: float = 0.0,
-        hard_timeout_s: float = 0.0,
+        cls, prefix: ServicePrefix, *, priority: int = DEMUX_PRIORITY, **more: Unpack[_OriginAndEnd]
     ) -> Rule:
         """Refuse connections to the service, whatever rules of lower priority say."""
-        return cls(
-            prefix,
-            RuleType.DROP,
-            priority,
-            origin=origin,
-            idle_timeout_s=idle_timeout_s,
-            hard_timeout_s=hard_timeout_s,
-        )
+        return cls(prefix, RuleType.DROP, priority, **more)
 
     @classmethod
     def delay(
-        cls,
-        prefix: ServicePrefix,
-        *,
-        priority: int = FORWARD_PRIORITY,
-        origin: Origin = "manual",
-        idle_timeout_s: float = 0.0,
-        hard_timeout_s: float = 0.0,
+        cls, prefix: ServicePrefix, *, priority: int = FORWARD_PRIORITY, **more: Unpack[_OriginAndEnd]
     ) -> Rule:
         """Park packets for the service until somebody has said where it is, or the delay queue loses patience."""
-        return cls(
-            prefix,
-            RuleType.DELAY,
-            priority,
-            origin=origin,
-            idle_timeout_s=idle_timeout_s,
-            hard_timeout_s=hard_timeout_s,
-        )
+        return cls(prefix, RuleType.DELAY, priority, **more)
 
 
 def check_rule(rule: Rule) -> None:
