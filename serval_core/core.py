@@ -168,19 +168,7 @@ class Core:
             ends = covered(flow.outer_ports, source, destination)
             payload = self.proven_control(flow, flags, verno, *ends, service, transport, key)
         else:
-            payload = emit_control(
-                flow.flow_id,
-                flow.peer_flow_id,
-                flow.protocol,
-                flags,
-                verno,
-                flow.receive_next,
-                flow.local_nonce,
-                service,
-                source_addresses,
-                transport,
-                key,
-            )
+            payload = _unproven_control(flow, flags, verno, service, source_addresses, transport, key)
         return encapsulation.emit(source, destination, flow.outer_ports, payload)
 
     def send_control_on(
@@ -204,16 +192,7 @@ class Core:
             key = b"" if pair is None else pair.public
             payload = self.proven_control(flow, flags, verno, *ends, service, key=key)
         else:
-            payload = emit_control(
-                flow.flow_id,
-                flow.peer_flow_id,
-                flow.protocol,
-                flags,
-                verno,
-                flow.receive_next,
-                flow.local_nonce,
-                service,
-            )
+            payload = _unproven_control(flow, flags, verno, service)
         packet = encapsulation.emit(source, destination, outer_ports, payload)
         self.effects.append(SendPacket(packet, destination, path.interface_index))
 
@@ -317,3 +296,28 @@ def covered_by(ip: IPv4Packet, said: SalPacket) -> tuple[int, int]:
     if said.services and said.control is not None and said.control.flags & RSYN:
         return (0, 0)  # a service router may have passed it on
     return covered(ip.outer_ports, ip.source, ip.destination)
+
+
+def _unproven_control(
+    flow: Flow,
+    flags: int,
+    verno: int,
+    service: ServiceID | None = None,
+    source_addresses: tuple[int, ...] = (),
+    transport: bytes = b"",
+    key: bytes = b"",
+) -> bytes:
+    """The SAL part of a control packet of a flow whose peer proves nothing."""
+    return emit_control(
+        flow.flow_id,
+        flow.peer_flow_id,
+        flow.protocol,
+        flags,
+        verno,
+        flow.receive_next,
+        flow.local_nonce,
+        service,
+        source_addresses,
+        transport,
+        key,
+    )
