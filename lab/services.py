@@ -14,6 +14,7 @@ import json
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ REFRESH_S, LIFETIME_S = 1.0, 4.0
 END_TIMEOUT_S = 20.0
 
 
-class Instance:
+class Instance(ABC):
     """A host that serves SERVICE. Its web pages are in `directory`."""
 
     kind = ""
@@ -46,9 +47,9 @@ class Instance:
         self.state = "not started"
         self.stack: TranslatorProcess
 
+    @abstractmethod
     def prepare(self) -> None:
         """Start what stays while it comes and goes."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Serve, for the first time or again."""
@@ -69,12 +70,13 @@ class Instance:
         self.state = "killed"
         process.wait(END_TIMEOUT_S)
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Start what comes and goes, and wait until it serves."""
 
+    @abstractmethod
     def _process(self) -> subprocess.Popen[Any]:
         """What comes and goes."""
-        raise NotImplementedError
 
     def _registration(self, more: str = "") -> Path:
         """A configuration file that has the service registered at the router."""

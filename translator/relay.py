@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from abc import ABC, abstractmethod
 from typing import Any
 
 import structlog
@@ -26,7 +27,7 @@ _TIMEOUTS = frozenset(
 )
 
 
-class Pair:
+class Pair(ABC):
     """A legacy TCP connection and a Serval flow that belong together; either may not exist yet.
 
     The left side is the one that opened: the legacy client of a forward map (`legacy_is_left`), the Serval
@@ -47,9 +48,9 @@ class Pair:
         traffic.connections += 1
         traffic.active += 1
 
+    @abstractmethod
     def legacy_text(self) -> str:
         """Who is at the legacy end."""
-        raise NotImplementedError
 
     def end(self, properly: bool) -> None:
         """Give both sides up, with FINs or with resets, and leave."""

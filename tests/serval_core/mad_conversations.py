@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from random import Random
 
@@ -14,7 +15,7 @@ ROUNDS = 60
 REQUEST_QUEUE_LIMIT = 3
 
 
-class EffectOrder:
+class EffectOrder(ABC):
     """What a host has been told so far, and which effect may not come next. Protocols say what opens and closes."""
 
     def __init__(self) -> None:
@@ -39,9 +40,9 @@ class EffectOrder:
         else:
             self.check_transport(effect)
 
+    @abstractmethod
     def check_transport(self, effect: Effect) -> None:
         """Any other effect."""
-        raise NotImplementedError
 
 
 def converse(
