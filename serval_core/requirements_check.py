@@ -148,7 +148,7 @@ def _load_own_programs() -> str:
     """Why our programs cannot be loaded; "" when they can."""
     try:
         from serval_core.dataplane.bpf_loader import BpfObject
-        from serval_core.dataplane.kernel import CONFIGURATION, OBJECT_FILE
+        from serval_core.dataplane.layouts import CONFIGURATION, OBJECT_FILE
 
         BpfObject(str(OBJECT_FILE), bytes(CONFIGURATION.size)).close()
     except (ServalError, OSError, ImportError) as error:

@@ -20,7 +20,8 @@ import structlog
 from serval_core.access_policy import AccessPolicy
 from serval_core.connection import Listener, OnAccept, OnConnected, OnFailed, PendingConnect
 from serval_core.datagrams import Datagrams, Host
-from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, FlowEvent, KernelDataPlane
+from serval_core.dataplane.kernel import DataPlaneSettings, FlowCounters, KernelDataPlane
+from serval_core.dataplane.layouts import FlowEvent
 from serval_core.dataplane.router import Router
 from serval_core.effect_loop import EffectLoop
 from serval_core.effects import (

@@ -15,9 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import islice
-from pathlib import Path as FilePath
 from typing import NamedTuple
 
 from serval_core.dataplane import after_move, bpf_loader, tcp_repair
@@ -35,6 +33,38 @@ from serval_core.dataplane.devices import (
 from serval_core.dataplane.encapsulation import Encapsulation
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.icmp_errors import IcmpErrors
+from serval_core.dataplane.layouts import (
+    CONFIGURATION,
+    DROP_REASONS,
+    EVENT,
+    FLOW,
+    FLOW_ADDRESSES,
+    FLOW_CHECKSUMS,
+    FLOW_COMPLETE_CHECKSUM,
+    FLOW_COMPLETE_THROUGH_NAT,
+    FLOW_EXPECTED,
+    FLOW_FLAGS,
+    FLOW_KEY,
+    FLOW_LOCAL,
+    FLOW_MACS,
+    FLOW_NATIVE,
+    FLOW_NEIGHBOUR_KNOWN,
+    FLOW_OTHER_LOCAL,
+    FLOW_OTHER_PEER,
+    FLOW_OUTER_PORTS,
+    FLOW_PATH_NUMBER,
+    FLOW_PEER,
+    FLOW_TELL_PROOF,
+    MAX_FLOWS,
+    NATIVE_DOUBTS,
+    NATIVE_FOLLOW,
+    OBJECT_FILE,
+    OUTER_PORTS,
+    FlowEvent,
+    FlowState,
+    Noticed,
+    fresh_state,
+)
 from serval_core.dataplane.native_ports import DEFAULT_PORTS, PortRange, ReservedPorts
 from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
@@ -48,40 +78,6 @@ from serval_core.handshake import OUTER_UDP_BYTES, mss_for_path
 from serval_core.names import FlowID, parse_address
 from serval_core.wire import ipv4, sal, tcp_segment
 
-OBJECT_FILE = FilePath(__file__).parent / "bpf" / "serval.bpf.o"
-DROP_REASONS = (
-    "out_not_a_flow",
-    "out_headroom",
-    "in_wrong_header",
-    "in_strip_failed",
-    "in_virtual_address",
-    "in_truncated",
-    "lost_event",
-    "out_late_reset",
-    "in_unknown_flow",
-    "in_native_unknown",
-    "in_native_reset",
-)
-MAX_FLOWS = 65536
-FLOW_EXPECTED = 1
-FLOW_COMPLETE_CHECKSUM = 2
-FLOW_NEIGHBOUR_KNOWN = 4
-FLOW_NATIVE = 8
-FLOW_TELL_PROOF = 16
-
-CONFIGURATION = struct.Struct("!IIHxx4s4s4s4s")
-FLOW = struct.Struct("!III4s4s4s12s12s6s6sHHHHIII")
-FLOW_ADDRESSES = struct.Struct("!III4s")  # what a flow's entry begins with: local, peer, next hop, interface
-FLOW_FLAGS = slice(20, 24)
-FLOW_MACS = slice(48, 60)
-FLOW_OUTER_PORTS = slice(64, 68)
-OUTER_PORTS = struct.Struct("!HH")
-FLOW_PATH_NUMBER = slice(68, 72)
-FLOW_LOCAL, FLOW_PEER = slice(0, 4), slice(4, 8)
-FLOW_OTHER_LOCAL, FLOW_OTHER_PEER = slice(72, 76), slice(76, 80)
-FLOW_STATE = struct.Struct("=QQIBBBBIIIII20xQQBBBB4s2s38x")
-EVENT = struct.Struct("!I4sIH2x")
-FLOW_KEY = struct.Struct("!I")
 SOCKET_STATE = struct.Struct("=IIIIIII")
 LOOK_PACKET = bytes(64)  # serval_look answers in it
 LOOK_FOUND = 0  # TC_ACT_OK
@@ -91,26 +87,6 @@ UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must no
 ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0, 0, 0
 REMINDERS_MAX = 256  # at a time: of all flows there can be, within half of the kernel's ten minutes
-NATIVE_DOUBTS = NATIVE_FOLLOW = 2  # as in bpf/native.h
-
-
-class FlowEvent(IntEnum):
-    """What a BPF program can notice about a flow."""
-
-    FIN_ACKNOWLEDGED = 1
-    RESET_SENT = 2
-    NATIVE_DOUBTED = 3
-    NATIVE_PROVED = 4
-    PEER_SEEN = 5
-
-
-class Noticed(NamedTuple):
-    """An event. Address and port are those of PEER_SEEN."""
-
-    flow_id: FlowID
-    event: FlowEvent
-    address: int
-    port: int
 
 
 class FlowCounters(NamedTuple):
@@ -157,12 +133,6 @@ class DataPlaneSettings:
     peer_timeout_s: int = 120
     forward_in_kernel: bool = True
     native_ports: PortRange = DEFAULT_PORTS
-
-
-def fresh_state(send_next: int) -> bytes:
-    """What the programs have noted about a flow that has sent nothing since its handshake."""
-    out = (0, 0, 0, 0, 0, 0, 0, send_next, send_next, 0, 0, send_next)
-    return FLOW_STATE.pack(*out, 0, 0, 0, 0, 0, 0, bytes(4), bytes(2))
 
 
 class KernelDataPlane:
@@ -361,13 +331,7 @@ class KernelDataPlane:
             self._settings.peer_timeout_s,
         )
         slot = self._slots.popleft()
-        # The checksum of the encapsulation relies on that of the segment.
-        complete = (
-            not flow.peer_is_ours
-            or flow.outer_ports is not None
-            or self._needs_checksum.get(path.interface_index, True)
-        )
-        flags = FLOW_COMPLETE_CHECKSUM if complete else 0
+        flags = self._checksum_flags(flow.peer_is_ours, path.interface_index, flow.outer_ports is not None)
         neighbour = self.neighbours.use(flow_id, (path.interface_index, path.next_hop))
         macs = self._macs(neighbour, path.interface_index)
         if macs:
@@ -432,12 +396,12 @@ class KernelDataPlane:
         )
         old_path = self.neighbours.release(flow_id)
         macs = self._macs(self.neighbours.use(flow_id, (index, path.next_hop)), index)
-        flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~(FLOW_NEIGHBOUR_KNOWN | FLOW_COMPLETE_CHECKSUM)
+        flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~(FLOW_NEIGHBOUR_KNOWN | FLOW_CHECKSUMS)
         features = self._features_of.get(flow_id)
-        if features is None or not features.peer_is_ours or self._needs_checksum.get(index, True):
-            flags |= FLOW_COMPLETE_CHECKSUM
+        peer_is_ours = features is not None and features.peer_is_ours
+        flags |= self._checksum_flags(peer_is_ours, index, moved.outer_ports is not None)
         if moved.outer_ports is not None:
-            flags = (flags | FLOW_COMPLETE_CHECKSUM) & ~FLOW_NATIVE
+            flags &= ~FLOW_NATIVE
         entry[FLOW_OUTER_PORTS] = OUTER_PORTS.pack(*(moved.outer_ports or (0, 0)))
         entry[FLOW_FLAGS] = (flags | (FLOW_NEIGHBOUR_KNOWN if macs else 0)).to_bytes(4, "little")
         entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
@@ -534,6 +498,12 @@ class KernelDataPlane:
     def _macs(self, neighbour: bytes | None, interface_index: int) -> tuple[bytes, bytes] | None:
         own = self._own_macs.get(interface_index)
         return (neighbour, own) if neighbour and own else None
+
+    def _checksum_flags(self, peer_is_ours: bool, interface_index: int, encapsulated: bool) -> int:
+        """What the program has to do about the checksums of a flow's segments."""
+        if not peer_is_ours or self._needs_checksum.get(interface_index, True):
+            return FLOW_COMPLETE_CHECKSUM
+        return FLOW_COMPLETE_THROUGH_NAT if encapsulated else 0
 
     def remove_flow(self, flow_id: FlowID) -> FlowCounters:
         """Take the flow out of the map: from now on nothing of it enters or leaves. Returns its final counters."""
@@ -634,8 +604,8 @@ class KernelDataPlane:
         value = None if slot is None else self._states.get(slot.to_bytes(4, "little"))
         if value is None:
             return FlowCounters(0, 0, 0, 0)
-        fields = FLOW_STATE.unpack(value)
-        return FlowCounters(*fields[:2], *fields[12:14])
+        state = FlowState.parse(value)
+        return FlowCounters(state.packets_out, state.bytes_out, state.packets_in, state.bytes_in)
 
     def framing(self, flow_id: FlowID) -> Framing:
         """How the next segment of the flow is going to be sent, as far as that is known before it is there."""
@@ -645,9 +615,10 @@ class KernelDataPlane:
         if entry is None or value is None:
             return Framing.SAL
         fields = FLOW.unpack(entry)
-        doubts, packets_in, proved, peer_in_sal = (FLOW_STATE.unpack(value)[index] for index in (5, 12, 16, 17))
-        native = int.from_bytes(fields[5], "little") & FLOW_NATIVE and packets_in
-        if native and (proved or doubts < NATIVE_DOUBTS) and peer_in_sal < NATIVE_FOLLOW:
+        state = FlowState.parse(value)
+        native = int.from_bytes(fields[5], "little") & FLOW_NATIVE and state.packets_in
+        believed = state.native_proved or state.native_doubts < NATIVE_DOUBTS
+        if native and believed and state.peer_in_sal < NATIVE_FOLLOW:
             return Framing.NATIVE
         return Framing.UDP if fields[12] else Framing.SAL
 

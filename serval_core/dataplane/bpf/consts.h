@@ -24,6 +24,7 @@
 #define FLOW_NEIGHBOUR_KNOWN 4     /* the MAC addresses are in the entry; else the kernel's neighbour code finds them */
 #define FLOW_NATIVE 8		 /* both ends have a native port: data may travel as plain TCP */
 #define FLOW_TELL_PROOF 16	 /* user space wants to know that native data has got through */
+#define FLOW_COMPLETE_THROUGH_NAT 32 /* checksums have to be finished as long as a NAT may be on the way */
 
 /* In the mark, beside the number of the interface: serval_insert has to ask the kernel for the next hop's address */
 #define MARK_NEIGHBOUR_UNKNOWN 0x80000000

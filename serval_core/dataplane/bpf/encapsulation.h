@@ -36,6 +36,29 @@ static __always_inline __u32 translation_difference(const struct iphdr *ip, cons
 	return bpf_htons(~fold(sum));
 }
 
+/*
+ * Takes note of whether a NAT is on the way. A packet whose inner checksum is still partial has a right outer one all the same, but a
+ * NAT on the same machine (of the host of a virtual machine, say) would correct it as if it were partial, too. So where there
+ * is one, checksums are finished before. A peer that leaves the outer checksum out shows nothing.
+ */
+static __always_inline void note_translation(const struct flow *flow, struct flow_state *state, const struct iphdr *ip,
+					     const struct udphdr *udp, __u32 difference)
+{
+	__u32 untranslated = udp->check && (!difference || difference == 0xffff) ? flow->path_number + 1 : 0;
+
+	/* What was on its way when the flow moved says nothing about the new path. */
+	if (untranslated != state->untranslated && ip->daddr == flow->local_address)
+		state->untranslated = untranslated;
+}
+
+/* Whether the segments of a flow have to leave with finished checksums. What is `repeated` gets one: a guess must not cost the flow. */
+static __always_inline int needs_finished_checksum(const struct flow *flow, const struct flow_state *state, int repeated)
+{
+	if (flow->flags & FLOW_COMPLETE_THROUGH_NAT)
+		return repeated || state->untranslated != flow->path_number + 1;
+	return flow->flags & FLOW_COMPLETE_CHECKSUM;
+}
+
 /* Whether a peer is where we send to. If not, user space is told, once for each place. */
 static __always_inline void note_source(__be32 id, struct flow *flow, struct flow_state *state, __be32 address, __be16 port)
 {

@@ -12,6 +12,7 @@
 #include "checksum.h"
 #include "consts.h"
 #include "maps.h"
+#include "serial.h"
 #include "structs.h"
 #include "tcp_checksum.h"
 
@@ -19,17 +20,11 @@
 #define NATIVE_REPEATS 3 /* a segment that is repeated so often in a row puts a proved path into doubt */
 #define NATIVE_FOLLOW 2	 /* a peer that has sent so many data segments in framing sal gets that as well */
 
-/* Serial number arithmetic (RFC 1982). */
-static __always_inline int is_before(__u32 a, __u32 b)
-{
-	return (__s32)(a - b) < 0;
-}
-
-/* Whether the segment [seq, end) is to be sent natively; takes note of it. Sequence numbers in host order. */
+/* Whether the segment [seq, end) is to be sent natively. Sequence numbers in host order. */
 static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 seq, __u32 end,
 				       __u8 flags)
 {
-	int repeated = is_before(seq, state->native_sent_end);
+	int repeated = is_before(seq, state->sent_before);
 
 	if (state->path_number != flow->path_number) {
 		state->path_number = flow->path_number;
@@ -37,11 +32,9 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 		state->native_doubts = 0;
 		state->native_repeats = 0;
 		state->peer_in_sal = 0;
-		state->sal_sent_end = state->native_sent_end;
-		state->native_began = state->native_sent_end;
+		state->sal_sent_end = state->sent_before;
+		state->native_began = state->sent_before;
 	}
-	if (is_before(state->native_sent_end, end))
-		state->native_sent_end = end;
 	if (!state->in.packets || state->peer_in_sal >= NATIVE_FOLLOW) {
 		if (is_before(state->native_began, end))
 			state->native_began = end;
@@ -69,7 +62,7 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 	} else if (++state->native_repeats >= NATIVE_REPEATS) {
 		state->native_proved = 0;
 		state->native_doubts = 1;
-		state->sal_sent_end = state->native_sent_end;
+		state->sal_sent_end = state->sent_end;
 		tell(id, EVENT_NATIVE_DOUBTED);
 		return 0;
 	}
@@ -111,7 +104,7 @@ static __always_inline int send_native(struct __sk_buff *skb, struct flow *flow,
 static __always_inline void prove_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 acknowledged)
 {
 	if (state->native_proved || !is_before(state->sal_sent_end, acknowledged) ||
-	    is_before(state->native_sent_end, acknowledged) || state->path_number != flow->path_number)
+	    is_before(state->sent_end, acknowledged) || state->path_number != flow->path_number)
 		return;
 	state->native_proved = 1;
 	if (state->native_doubts || (flow->flags & FLOW_TELL_PROOF))

@@ -21,6 +21,7 @@
 #include "consts.h"
 #include "structs.h"
 #include "maps.h"
+#include "serial.h"
 #include "checksum.h"
 #include "tcp_checksum.h"
 #include "frames.h"
@@ -78,7 +79,7 @@ static __always_inline void note_arrival(__be32 id, struct flow *flow, struct fl
  * superpacket, what is left to do per packet is serval_insert's. Not inlined, for a stack of its own: without CAP_PERFMON the
  * verifier forbids a number where a pointer was.
  */
-static __noinline int send_behind_header(struct __sk_buff *skb, struct flow *flow)
+static __noinline int send_behind_header(struct __sk_buff *skb, struct flow *flow, int needs_checksum)
 {
 	void *data = (void *)(long)skb->data;
 	struct iphdr *ip = data + ETHERNET_BYTES;
@@ -89,7 +90,6 @@ static __noinline int send_behind_header(struct __sk_buff *skb, struct flow *flo
 	__u32 outer_bytes = flow->outer_local_port ? UDP_BYTES : 0;
 	__u64 difference = address_difference(ip->saddr, ip->daddr, flow->local_address, flow->peer_address);
 	__be32 ports = *(__be32 *)tcp;
-	__u32 needs_checksum = flow->flags & FLOW_COMPLETE_CHECKSUM;
 
 	ip->saddr = flow->local_address;
 	ip->daddr = flow->peer_address;
@@ -186,13 +186,16 @@ int serval_out(struct __sk_buff *skb)
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
 	__u32 wire_bytes = skb->len - ETHERNET_BYTES + (segments - 1) * headers;
 	__sync_fetch_and_add(&state->out.packets, segments);
+	state->sent_before = state->sent_end; /* not in a variable: it would be spilled to where a pointer was */
+	if (is_before(state->sent_end, sequence_end))
+		state->sent_end = sequence_end;
 	if ((flow->flags & FLOW_NATIVE) && goes_native(id, flow, state, sequence, sequence_end, flags)) {
 		__sync_fetch_and_add(&state->out.bytes, wire_bytes);
 		return send_native(skb, flow, ip, tcp);
 	}
 	__u32 added_bytes = SAL_HEADER_BYTES + (flow->outer_local_port ? UDP_BYTES : 0);
 	__sync_fetch_and_add(&state->out.bytes, wire_bytes + segments * added_bytes);
-	return send_behind_header(skb, flow);
+	return send_behind_header(skb, flow, needs_finished_checksum(flow, state, is_before(sequence, state->sent_before)));
 }
 
 /*
@@ -340,6 +343,7 @@ static __always_inline int receive_behind_header(struct __sk_buff *skb, void *da
 		if (bpf_ntohs(udp->len) != length - IPV4_BYTES)
 			return drop(DROP_IN_TRUNCATED);
 		translated = translation_difference(ip, udp, length - IPV4_BYTES - header_bytes);
+		note_translation(flow, state, ip, udp, translated);
 		note_source(id, flow, state, ip->saddr, udp->source);
 	}
 	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES + header_bytes;

@@ -67,12 +67,13 @@ struct flow_state {
 	__u8 reset_sent;
 	__u8 native_doubts;   /* segments that were repeated before native data had got through */
 	__u8 native_repeats;  /* how often `native_repeated` was repeated in a row */
-	__u32 native_sent_end; /* sequence numbers, host order: behind all that was sent, */
+	__u32 sent_end; /* sequence numbers, host order: behind all that was sent, */
 	__u32 sal_sent_end;    /* behind all that was sent in framing sal; what is acknowledged beyond it came natively */
 	__u32 native_repeated; /* of the segment that was repeated last */
 	__u32 path_number;
 	__u32 native_began; /* sequence number, host order: what is before it was sent on another path or in framing sal */
-	__u8 padding_out[20];
+	__u32 sent_before; /* what sent_end was before the segment that is being sent */
+	__u8 padding_out[16];
 	struct direction_counters in;
 	__u8 fin_acknowledged;
 	__u8 fin_received;
@@ -80,7 +81,9 @@ struct flow_state {
 	__u8 peer_in_sal;   /* how many data segments in a row the peer has sent in framing sal, at most NATIVE_FOLLOW */
 	__be32 seen_address; /* where an encapsulated peer was told to be */
 	__be16 seen_port;
-	__u8 padding_in[38];
+	__u16 padding_seen;
+	__u32 untranslated; /* 1 + the path_number on which the peer's encapsulated packets come without a NAT in between, else 0 */
+	__u8 padding_in[32];
 };
 
 /* What serval_look finds. Sequence numbers in host order; zero for a socket in TIME_WAIT. */

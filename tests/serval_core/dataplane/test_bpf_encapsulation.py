@@ -11,17 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serval_core.dataplane.bpf_loader import BpfObject
-from serval_core.dataplane.kernel import (
+from serval_core.dataplane.layouts import (
     CONFIGURATION,
     EVENT,
     FLOW,
     FLOW_COMPLETE_CHECKSUM,
     FLOW_EXPECTED,
     FLOW_KEY,
+    FLOW_LOCAL,
     FLOW_NEIGHBOUR_KNOWN,
-    FLOW_STATE,
+    FLOW_PATH_NUMBER,
     OBJECT_FILE,
     FlowEvent,
+    FlowState,
     fresh_state,
 )
 from serval_core.names import parse_address
@@ -165,6 +167,34 @@ def test_damage_behind_a_nat_is_not_repaired(programs: BpfObject) -> None:
     assert tcp_segment.checksum_state(result[34:], REMOTE, VIRTUAL_LOCAL) == "wrong"
 
 
+def test_whether_a_nat_is_on_the_way(programs: BpfObject) -> None:
+    def untranslated() -> int:
+        return FlowState.parse(programs.map("flow_states").get(SLOT) or b"").untranslated
+
+    key = FLOW_KEY.pack(OUR_FLOW)
+    entry = programs.map("flows").get(key) or b""
+    moved = bytearray(entry)
+    moved[FLOW_LOCAL], moved[FLOW_PATH_NUMBER] = ELSEWHERE.to_bytes(4, "big"), bytes([0, 0, 0, 3])
+    for what, packet, value, expected in (
+        ("nothing has come", b"", entry, 0),
+        ("as it was sent", on_wire(), entry, 1),
+        ("translated", on_wire(written_at=PRIVATE), entry, 0),
+        ("as it was sent again", on_wire(), entry, 1),
+        ("no outer checksum to see it by", changed(on_wire(), 14 + 26, bytes(2)), entry, 0),
+        ("an odd number of bytes", on_wire(payload=b"odd"), entry, 1),
+        ("to the old address after a move", on_wire(written_at=PRIVATE), bytes(moved), 1),
+    ):
+        programs.map("flows").update(key, value)
+        if packet:
+            programs.test_run("serval_in", packet)
+        assert untranslated() == expected, what
+    moved[FLOW_LOCAL] = entry[FLOW_LOCAL]
+    programs.map("flows").update(key, bytes(moved))
+    programs.test_run("serval_in", on_wire())
+    assert untranslated() == 1 + int.from_bytes(bytes([0, 0, 0, 3]), "little"), "on the new path"
+    programs.map("flows").update(key, entry)
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(payload=st.binary(max_size=1400))
 def test_out_and_both_checksums_are_right(programs: BpfObject, payload: bytes) -> None:
@@ -184,7 +214,7 @@ def test_a_superpacket_counts_with_all_its_headers(programs: BpfObject) -> None:
     ports = VIRTUAL_PORT, OUR_FLOW & 0xFFFF
     sent = ETHERNET + ipv4.emit(VIRTUAL_LOCAL, REMOTE, 6, tcp(VIRTUAL_LOCAL, REMOTE, ports, bytes(2500)))
     programs.test_run("serval_out", sent, 0, 3)
-    state = FLOW_STATE.unpack(programs.map("flow_states").get(SLOT) or b"")
+    state = FlowState.parse(programs.map("flow_states").get(SLOT) or b"")
     assert state[:2] == (3, 3 * (20 + 8 + 12 + 20) + 2500)
 
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import pytest
 
 from serval_core.dataplane.bpf_loader import BpfObject
-from serval_core.dataplane.kernel import (
+from serval_core.dataplane.layouts import (
     CONFIGURATION,
     EVENT,
     FLOW,
     FLOW_KEY,
     FLOW_NATIVE,
     FLOW_NEIGHBOUR_KNOWN,
-    FLOW_STATE,
     FLOW_TELL_PROOF,
     OBJECT_FILE,
     FlowEvent,
+    FlowState,
     fresh_state,
 )
 from serval_core.wire import ipv4, sal, tcp_segment
@@ -296,5 +296,5 @@ def test_a_superpacket_counts_as_what_it_is_on_the_wire(programs: BpfObject) -> 
     ports = VIRTUAL_PORT, OUR_FLOW & 0xFFFF
     packet = ETHERNET + tcp(VIRTUAL_LOCAL, REMOTE, ports, START, 0, bytes(2500), tcp_segment.ACK)
     programs.test_run("serval_out", packet, 0, 3)
-    state = FLOW_STATE.unpack(programs.map("flow_states").get(SLOT) or b"")
+    state = FlowState.parse(programs.map("flow_states").get(SLOT) or b"")
     assert state[:2] == (3, 3 * 40 + 2500)

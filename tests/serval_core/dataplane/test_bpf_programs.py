@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from serval_core.dataplane.bpf_loader import BpfObject
-from serval_core.dataplane.kernel import (
+from serval_core.dataplane.kernel import LOOK_PACKET
+from serval_core.dataplane.layouts import (
     CONFIGURATION,
     DROP_REASONS,
     EVENT,
@@ -18,10 +19,9 @@ from serval_core.dataplane.kernel import (
     FLOW_EXPECTED,
     FLOW_FLAGS,
     FLOW_NEIGHBOUR_KNOWN,
-    FLOW_STATE,
-    LOOK_PACKET,
     MAX_FLOWS,
     OBJECT_FILE,
+    FlowState,
     fresh_state,
 )
 from serval_core.names import parse_address
@@ -261,7 +261,7 @@ def test_a_superpacket_counts_as_what_becomes_of_it(programs: BpfObject) -> None
     payload = bytes(2 * 1000 + 500)
     programs.test_run("serval_out", from_socket(OUR_FLOW, payload=payload), 0, 3)
     programs.test_run("serval_out", from_socket(OUR_FLOW, payload=b""))
-    state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
+    state = FlowState.parse(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
     assert state[:2] == (3 + 1, 4 * (20 + 12 + 20) + len(payload))
 
 
@@ -275,8 +275,8 @@ def test_counters_and_the_acknowledgement_of_our_fin(programs: BpfObject) -> Non
     for acknowledgement in (1005, 1007, 1006, 1006):
         programs.test_run("serval_in", changed(wire, acknowledged, struct.pack("!I", acknowledgement)))
     assert events.take() == [EVENT.pack(OUR_FLOW, struct.pack("=I", 1), 0, 0)]
-    state = FLOW_STATE.unpack(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
-    assert state[12:14] == (4, 4 * (len(wire) - 14))
+    state = FlowState.parse(programs.map("flow_states").get(struct.pack("=I", 0)) or b"")
+    assert (state.packets_in, state.bytes_in) == (4, 4 * (len(wire) - 14))
 
 
 def test_reset_by_the_kernel_is_told_once_and_goes_out(programs: BpfObject) -> None:

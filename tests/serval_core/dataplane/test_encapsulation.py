@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -19,6 +22,10 @@ SERVICE = "76568"
 ANY = SalSettings(time_wait_s=0.2, fin_wait2_s=0.5, nat_keepalive_s=5)
 UDP = SalSettings(time_wait_s=0.2, fin_wait2_s=0.5, framing=Framing.UDP)
 PUBLIC = "10.2.0.254"
+FEW_BYTES = 50_000  # fit into the first window
+
+ETH_P_IP, SOL_PACKET, PACKET_AUXDATA, SO_RCVBUFFORCE = 0x0800, 263, 8, 33
+TP_STATUS_CSUMNOTREADY = 8
 
 
 @pytest.fixture
@@ -73,6 +80,61 @@ def test_data_travels_inside_udp_both_ways(open_path: tuple[Host, Host, Host]) -
         assert full.count() > 13_000_000 // 1500
     for host in (client_host, server_host):
         assert_no_traces(host)
+
+
+@contextlib.contextmanager
+def unfinished_checksums(router: Host) -> Iterator[Callable[[], list[bool]]]:
+    """Tells of each large packet from the client whether its inner checksum is still to be computed (packet(7), PACKET_AUXDATA)."""
+
+    def listen() -> socket.socket:
+        opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+        opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 << 20)
+        opened.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        opened.bind(("eth0", ETH_P_IP))
+        return opened
+
+    with router.call(listen) as watch:
+
+        def seen() -> list[bool]:
+            found = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, notes, _, _ = watch.recvmsg(2000, 100, socket.MSG_DONTWAIT)
+                    if len(packet) > 1000:
+                        found.append(bool(int.from_bytes(notes[0][2][:4], sys.byteorder) & TP_STATUS_CSUMNOTREADY))
+            return found
+
+        yield seen
+
+
+@pytest.mark.parametrize("translated", [False, True], ids=["no NAT", "NAT"])
+def test_checksums_are_finished_as_long_as_there_may_be_a_nat(open_path: tuple[Host, Host, Host], translated: bool) -> None:
+    """What is left to the hardware a NAT on the same machine would spoil."""
+    client_host, router, server_host = open_path
+    if translated:
+        masquerade(router, 4000)
+    with StackThread(client_host, sal=UDP) as client, StackThread(server_host, sal=ANY) as server:
+        client.forward(SERVICE, "10.2.0.1")
+        with unfinished_checksums(router) as seen:
+            exchange(*connected(client, server), 500_000, 500_000)
+            packets = seen()
+        assert len(packets) > 300
+        assert sum(packets) == 0 if translated else sum(packets) > 250
+        assert_idle(client, server)
+
+
+def test_a_nat_that_appears_later(open_path: tuple[Host, Host, Host]) -> None:
+    """Until then checksums were left to the hardware. The router translates from one packet to the next."""
+    with StackThread(open_path[0], sal=UDP) as client, StackThread(open_path[2], sal=ANY) as server:
+        client.forward(SERVICE, "10.2.0.1")
+        near, far = connected(client, server)
+        near.socket.sendall(b"x" * FEW_BYTES)
+        received = 0
+        while received < FEW_BYTES:
+            received += len(far.socket.recv(FEW_BYTES))
+        masquerade(open_path[1], 4000)
+        exchange(near, far, 2_000_000, 2_000_000)
+        assert_idle(client, server)
 
 
 def test_a_path_that_drops_protocol_144(open_path: tuple[Host, Host, Host]) -> None:

@@ -12,7 +12,7 @@ from lab.hosts import Host, Lab
 from lab.waiting import wait_for
 from serval_core.dataplane.bpf_loader import BpfObject, attach_tc
 from serval_core.dataplane.filters import Filters, Place
-from serval_core.dataplane.kernel import CONFIGURATION, DROP_REASONS, OBJECT_FILE
+from serval_core.dataplane.layouts import CONFIGURATION, DROP_REASONS, OBJECT_FILE
 from serval_core.dataplane.netlink import Netlink
 from serval_core.names import parse_address
 from serval_core.wire import ipv4
