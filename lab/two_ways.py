@@ -113,7 +113,6 @@ class EventFollower:
 
     def __init__(self, host: Host, kinds: tuple[str, ...]) -> None:
         self._events: list[dict[str, Any]] = []
-        self._following = threading.Event()
         self._thread = threading.Thread(target=host.call, args=(self._follow, kinds), daemon=True)
         self._thread.start()
 

@@ -21,7 +21,6 @@ from serval_core.errors import OurMistake
 from serval_core.names import SERVICE_ID_BITS, ServiceID, ServicePrefix
 
 PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 CERTIFYING_BYTES = 20
 PROVIDER_BITS = SERVICE_ID_BITS - 8 * CERTIFYING_BYTES
 _READABLE_BY_OTHERS = stat.S_IRWXG | stat.S_IRWXO

@@ -16,13 +16,9 @@ from serval_core.errors import OurMistake
 
 SERVICE_ID_BYTES = 32
 SERVICE_ID_BITS = 256
-NONCE_BYTES = 8
 
 FlowID = NewType("FlowID", int)
 """32 bits, chosen by the host that packets carrying it as destination go to. 0 on the wire means unknown."""
-
-Nonce = bytes
-"""8 random bytes; each side repeats its own in every control packet of a flow."""
 
 _SERIAL_MASK = 0xFFFFFFFF
 _SERIAL_HALF = 0x80000000

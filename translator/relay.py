@@ -102,11 +102,6 @@ class Relay:
             return
         self._pairs[pair_id] = pair
 
-    def cancel_all(self) -> None:
-        """Ask the engine to give every pair back; they end with resets as their completions come."""
-        for pair_id in self._pairs:
-            self._engine.cancel(pair_id)
-
     def stop(self) -> None:
         """Cancel what is left, take it back, and end the engine."""
         self._loop.remove_reader(self._engine.notification_fd)

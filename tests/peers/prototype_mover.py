@@ -38,7 +38,6 @@ class MovingFlow(Flow):
     _candidate = ""
     _new_address = ""
     _source = ""
-    _migrated = 0
 
     @property
     def identity(self) -> Identity:
@@ -90,7 +89,6 @@ class MovingFlow(Flow):
                 return
             self.migration = "INITIAL"
             self._local_address, self._new_address = self._new_address, ""
-            self._migrated += 1
             self._counters["migrations"] += 1
         elif self.migration == "SENT_RECV":
             # Its own new address is forgotten on this way.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from struct import Struct
 
 import pytest
 
@@ -24,7 +23,6 @@ from tests.serval_core.two_paths import CLIENT, SERVER, Transfer, two_paths
 ATTACKER = "10.6.6.6"
 GUESSED_NONCE = b"guessing"
 COPIES = 3
-_PORTS = Struct("!HH")
 
 
 @dataclass(frozen=True)

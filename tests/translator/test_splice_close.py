@@ -19,8 +19,6 @@ from splice_pairs import (
 
 from translator.splice_engine import CompletionReason, DirectionState, SpliceEngine
 
-FIN_TIMEOUT = {"left": CompletionReason.LEFT_FIN_TIMEOUT, "right": CompletionReason.RIGHT_FIN_TIMEOUT}
-
 
 def first_and_second(pair: Relayed, first: str) -> tuple[socket.socket, socket.socket]:
     """The end that closes first, and the other."""
