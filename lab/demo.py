@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,19 @@ from lab.chain import COMMAND, Chain, TranslatorProcess
 from lab.demonstration import (
     TRANSFER_TIMEOUT_S,
     Findings,
+    Hashed,
     console,
     curl,
     end,
+    expect_idle,
+    hashes_table,
     run,
     transfer_progress,
     watch,
 )
 from lab.hosts import Lab
 from lab.traffic import PROJECT, WebServer, hash_file, write_random_file
-from lab.waiting import NeverHappened, wait_for
+from lab.waiting import wait_for
 from lab.wire_counter import WireCounter
 
 SERVICE = "76568"
@@ -48,7 +50,6 @@ PAIRS = 7
 MTU_BYTES = 1500
 FLOW_TABLE_COLUMNS = 120
 PROTOCOL_SAL = 144
-FRAMING = ("--framing", "sal")  # whose packets are counted on the wire
 PROTOCOL_TCP = 6
 
 
@@ -60,7 +61,7 @@ class Seen(Findings):
     sal_packets: int = 0
     through_bits_per_s: list[float] = field(default_factory=list)
     direct_bits_per_s: list[float] = field(default_factory=list)
-    hashes: list[tuple[str, int, str, str]] = field(default_factory=list)
+    hashes: list[Hashed] = field(default_factory=list)
 
 
 def main() -> int:
@@ -126,7 +127,7 @@ def move_files(chain: Chain, findings: Seen, here: Path, there: Path, sent: dict
         ("slow", here / "slow", SLOW_BYTES),
     ):
         received = hash_file(arrived)
-        findings.hashes.append((name, size, sent[name], received))
+        findings.hashes.append(Hashed(name, size, sent[name], received))
         findings.expect(received == sent[name], f"the {name} arrived with another hash")
 
 
@@ -164,17 +165,9 @@ def finish(chain: Chain, findings: Seen) -> None:
     for name, side in sides(chain).items():
         shown = findings.flow_tables[name]
         findings.expect("CONNECTED" in shown, f"{name}: show flows printed no open flow:\n{shown}")
-        try:
-            wait_for(partial(is_idle, side), "its flows to end")
-        except NeverHappened as error:
-            findings.expect(False, f"{name}: {error}")
+        expect_idle(findings, name, side)
     for name, side in sides(chain).items():
         end(findings, name, side)
-
-
-def is_idle(side: TranslatorProcess) -> bool:
-    """No flow is open, none is left in the kernel's flow map."""
-    return not side.flows() and side.ask("counters")["flow_map_entries"] == 0
 
 
 def report(findings: Seen, duration_s: float) -> None:
@@ -182,12 +175,7 @@ def report(findings: Seen, duration_s: float) -> None:
     for name, table in findings.flow_tables.items():
         console.print(f"[bold]{name}: serval-translator show flows, while files moved[/]")
         print(table)
-    files = Table("file", "bytes", "SHA-256 sent", "SHA-256 received", title="Files, hashed at both ends")
-    for name, size, sent, received in findings.hashes:
-        files.add_row(
-            name, f"{size:,}", sent[:16] + "…", received[:16] + "…", style="" if sent == received else "red"
-        )
-    console.print(files)
+    console.print(hashes_table("file", findings.hashes))
     through, direct = (
         statistics.median(x) / 1e9 for x in (findings.through_bits_per_s, findings.direct_bits_per_s)
     )

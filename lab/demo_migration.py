@@ -27,13 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from lab.arrivals import Arrivals
-from lab.chain import TranslatorProcess
-from lab.demonstration import Findings, console, end, run
+from lab.demonstration import Findings, Hashed, console, end, expect_idle, hashes_table, run
 from lab.hosts import Lab
 from lab.migration_moves import VM_PAUSE_S, Download, Move, Scene, Server, Side
 from lab.migration_plots import Period, write_plot
 from lab.two_ways import OTHER_ADDRESS, REVERSE_ADDRESSES, WAYS, TwoWays
-from lab.waiting import NeverHappened, wait_for
 
 SERVICE = "76568"
 PORT = 8080
@@ -65,7 +63,7 @@ class Seen(Findings):
     """What the demonstration saw."""
 
     moves: dict[str, list[Move]] = field(default_factory=dict)
-    hashes: list[tuple[str, int, str, str]] = field(default_factory=list)
+    hashes: list[Hashed] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
     not_noted: int = 0
 
@@ -220,7 +218,7 @@ class Stage:
     def _compare(self, name: str, download: Download) -> None:
         """End a download, and compare what was sent with what arrived."""
         received, sent = download.finish(), self._server.sent()
-        self._findings.hashes.append((name, received["bytes"], sent["sha256"], received["sha256"]))
+        self._findings.hashes.append(Hashed(name, received["bytes"], sent["sha256"], received["sha256"]))
         self._findings.expect(received == sent, f"of the download ({name}) something else arrived than was sent")
 
     def _plot(self, name: str, title: str, ports: dict[str, int], period: Period) -> None:
@@ -246,25 +244,13 @@ def finish(ways: TwoWays, findings: Seen) -> None:
     """Nothing may be left: no flow after the downloads, no trace in the kernel after the translators."""
     sides = {"translator": ways.translator, "reverse translator": ways.reverse}
     for name, side in sides.items():
-        try:
-            wait_for(partial(is_idle, side), "its flows to end", 20.0)
-        except NeverHappened as error:
-            findings.expect(False, f"{name}: {error}")
+        expect_idle(findings, name, side)
         end(findings, name, side)
-
-
-def is_idle(side: TranslatorProcess) -> bool:
-    """No flow is open, none is left in the kernel's flow map."""
-    return not side.flows() and side.ask("counters")["flow_map_entries"] == 0
 
 
 def report(findings: Seen, duration_s: float) -> None:
     """Print what was seen."""
-    files = Table("download", "bytes", "SHA-256 sent", "SHA-256 received", title="Downloads, hashed at both ends")
-    for name, size, sent, received in findings.hashes:
-        style = "" if sent == received else "red"
-        files.add_row(name, f"{size:,}", sent[:16] + "…", received[:16] + "…", style=style)
-    console.print(files)
+    console.print(hashes_table("download", findings.hashes))
     table = Table(title="Silence at the client, in milliseconds")
     table.add_column("move", no_wrap=True)
     for heading in ("times", "p50", "p95", "longest", "again", "timeouts"):

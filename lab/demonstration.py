@@ -1,4 +1,6 @@
-"""What do all demonstrations have in common? A console, findings, how they begin and end, and transfers to be watched."""
+"""What do all demonstrations have in common? A console, findings, how they begin and end, and transfers: watched, and
+compared.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from lab.chain import TranslatorProcess, kernel_traces
 from lab.hosts import CommandFailed, Host, Lab, remove_leftovers
-from lab.waiting import NeverHappened
+from lab.waiting import NeverHappened, wait_for
 
 REFRESH_S = 0.05
 TRANSFER_TIMEOUT_S = 120
+IDLE_TIMEOUT_S = 20.0
 
 console = Console()
 
@@ -92,6 +97,38 @@ def watch(progress: Progress, name: str, process: subprocess.Popen[Any], path: P
             "client", subprocess.CompletedProcess(process.args, process.returncode, "", errors)
         )
     progress.update(task, completed=path.stat().st_size)
+
+
+class Hashed(NamedTuple):
+    """A transfer, with the SHA-256 of what was sent and of what arrived."""
+
+    name: str
+    size_bytes: int
+    sent: str
+    received: str
+
+
+def hashes_table(what: str, hashed: list[Hashed]) -> Table:
+    """One row for each; `what` they are, in the singular."""
+    table = Table(
+        what, "bytes", "SHA-256 sent", "SHA-256 received", title=f"{what.capitalize()}s, hashed at both ends"
+    )
+    for name, size_bytes, sent, received in hashed:
+        style = "" if sent == received else "red"
+        table.add_row(name, f"{size_bytes:,}", sent[:16] + "…", received[:16] + "…", style=style)
+    return table
+
+
+def expect_idle(findings: Findings, name: str, side: TranslatorProcess) -> None:
+    """No flow is open soon, none is left in the kernel's flow map."""
+    try:
+        wait_for(partial(_is_idle, side), "its flows to end", IDLE_TIMEOUT_S)
+    except NeverHappened as error:
+        findings.expect(False, f"{name}: {error}")
+
+
+def _is_idle(side: TranslatorProcess) -> bool:
+    return not side.flows() and side.ask("counters")["flow_map_entries"] == 0
 
 
 def end(findings: Findings, name: str, side: TranslatorProcess) -> None:
