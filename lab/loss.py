@@ -14,7 +14,6 @@ import os
 import random
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -23,14 +22,12 @@ from types import TracebackType
 from typing import Self
 
 from lab.hosts import Host, Lab
+from lab.wire_counter import ETH_P_ALL, SOL_PACKET, packet_statistics
 
-ETH_P_ALL = 3
 ETHERTYPE_IPV4 = b"\x08\x00"
 ETHERTYPE_FIELD = slice(12, 14)
 PROTOCOL_OFFSET = 14 + 9
-SOL_PACKET = 263
 PACKET_IGNORE_OUTGOING = 23
-PACKET_STATISTICS = 6
 SO_RCVBUFFORCE = 33
 RECEIVE_BUFFER_BYTES = 64 << 20
 FRAME_BYTES_MAX = 65536 + 14
@@ -161,7 +158,7 @@ class FaultyWire:
         self._thread.join()
         lost = 0
         for receiving, _, _ in self._routes.values():
-            lost += struct.unpack("II", receiving.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+            lost += packet_statistics(receiving).dropped
             receiving.close()
         os.close(self._wake_read)
         if self._failure:

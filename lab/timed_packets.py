@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lab.hosts import Host
-from lab.wire_counter import ETHERTYPE_IPV4, PACKET_STATISTICS, SOL_PACKET, attach_filter
+from lab.wire_counter import ETHERTYPE_IPV4, attach_filter, packet_statistics
 
 SO_TIMESTAMPNS = 35
 SO_RCVBUFFORCE = 33
@@ -52,8 +52,7 @@ class TimedPackets(ABC):
 
     def missed(self) -> int:
         """Packets that came too fast to be noted, since this was last asked."""
-        _, dropped = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
-        return int(dropped)
+        return packet_statistics(self._socket).dropped
 
     def close(self) -> None:
         """Stop noting. What was noted stays."""

@@ -10,7 +10,7 @@ import ctypes
 import socket
 import struct
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from lab.hosts import Host
 
@@ -20,9 +20,23 @@ ETHERTYPE_IPV4 = 0x0800
 SOL_PACKET = 263
 PACKET_STATISTICS = 6
 SO_ATTACH_FILTER = 26
+_STATISTICS = struct.Struct("=II")
 
 # Classic BPF: load 16 bits, 8 bits, the length; jump if equal, if greater; return.
 LOAD_HALF, LOAD_BYTE, LOAD_LENGTH, JUMP_EQUAL, JUMP_GREATER, RETURN = 0x28, 0x30, 0x80, 0x15, 0x25, 0x06
+
+
+class PacketStatistics(NamedTuple):
+    """What a packet socket's filter let through, and how much of that found no room in the receive buffer."""
+
+    passed: int
+    dropped: int
+
+
+def packet_statistics(packet_socket: socket.socket) -> PacketStatistics:
+    """Since this was last asked: reading resets the kernel's 32-bit counters."""
+    statistics = packet_socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, _STATISTICS.size)
+    return PacketStatistics(*_STATISTICS.unpack(statistics))
 
 
 class WireCounter:
@@ -40,8 +54,7 @@ class WireCounter:
 
     def count(self) -> int:
         """Packets so far."""
-        passed, _dropped = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
-        self._count += passed  # reading resets the kernel's 32-bit counter
+        self._count += packet_statistics(self._socket).passed
         return self._count
 
     def close(self) -> None:
