@@ -43,7 +43,7 @@ class ServiceFraming(NamedTuple):
 class NativePath(NamedTuple):
     """The two ports that stand for the flowIDs in framing `native`.
 
-    `sending`: we send natively, too. `tell_proof`: it is news if that gets through.
+    `sending`: we send natively from the beginning, else only to try it later. `tell_proof`: it is news if that gets through.
     """
 
     local_port: int

@@ -338,7 +338,7 @@ class KernelDataPlane:
             flags |= FLOW_NEIGHBOUR_KNOWN
         native = flow.native
         if native is not None:
-            flags |= (FLOW_NATIVE if native.sending else 0) | (FLOW_TELL_PROOF if native.tell_proof else 0)
+            flags |= FLOW_NATIVE | (FLOW_TELL_PROOF if native.tell_proof else 0)
         value = FLOW.pack(
             flow.local_address,
             flow.peer_address,
@@ -356,7 +356,8 @@ class KernelDataPlane:
             0,
         )
         try:
-            self._states.update(slot.to_bytes(4, "little"), fresh_state(parameters.send_next))
+            doubts = NATIVE_DOUBTS if native is not None and not native.sending else 0
+            self._states.update(slot.to_bytes(4, "little"), fresh_state(parameters.send_next, doubts))
             self._flows.update(FLOW_KEY.pack(flow_id), value)
         except KernelRefused:
             self._slots.append(slot)

@@ -45,7 +45,7 @@ FLOW_OTHER_LOCAL, FLOW_OTHER_PEER = slice(72, 76), slice(76, 80)
 EVENT = struct.Struct("!I4sIH2x")
 FLOW_KEY = struct.Struct("!I")
 NATIVE_DOUBTS = NATIVE_FOLLOW = 2  # as in bpf/native.h
-_FLOW_STATE = struct.Struct("=QQIBBBBIIIIII16xQQBBBB4s2s2xI32x")
+_FLOW_STATE = struct.Struct("=QQIBBBBIIIIIIIIIBB2xQQBBBB4s2s2xI32x")
 
 
 class FlowEvent(IntEnum):
@@ -83,6 +83,11 @@ class FlowState(NamedTuple):
     path_number: int
     native_began: int
     sent_before: int
+    probe_began: int = 0
+    probe_end: int = 0
+    native_retry_s: int = 0
+    native_probing: int = 0
+    native_retries: int = 0
     packets_in: int = 0
     bytes_in: int = 0
     fin_acknowledged: int = 0
@@ -103,15 +108,18 @@ class FlowState(NamedTuple):
         return _FLOW_STATE.pack(*self)
 
 
-def fresh_state(send_next: int) -> bytes:
-    """What the programs have noted about a flow that has sent nothing since its handshake."""
+def fresh_state(send_next: int, native_doubts: int = 0) -> bytes:
+    """What the programs have noted about a flow that has sent nothing since its handshake.
+
+    With NATIVE_DOUBTS it begins in framing sal.
+    """
     return FlowState(
         packets_out=0,
         bytes_out=0,
         fin_end=0,
         fin_sent=0,
         reset_sent=0,
-        native_doubts=0,
+        native_doubts=native_doubts,
         native_repeats=0,
         sent_end=send_next,
         sal_sent_end=send_next,

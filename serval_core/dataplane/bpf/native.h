@@ -6,6 +6,7 @@
  * Whoever opened the flow begins in framing sal and goes over when the first packet of the peer has come: until then the peer may
  * not have a socket yet, and only sal data is passed up to complete the handshake. What has to be repeated before anything
  * native has got through is repeated in framing sal, so a path that does not pass native data costs one timeout and no more.
+ * Loss looks the same, and a path may begin to pass what it did not: now and then one segment tries again, at growing intervals.
  */
 #pragma once
 
@@ -19,6 +20,31 @@
 #define NATIVE_DOUBTS 2	 /* from then on all is sent in framing sal, until native data turns out to have got through */
 #define NATIVE_REPEATS 3 /* a segment that is repeated so often in a row puts a proved path into doubt */
 #define NATIVE_FOLLOW 2	 /* a peer that has sent so many data segments in framing sal gets that as well */
+#define NATIVE_RETRY_S 4 /* after so long one segment tries again, then after twice as long each time, up to */
+#define NATIVE_RETRIES_MAX 7 /* so many doublings */
+#define NS_PER_S 1000000000ULL
+
+/* Whether a flow that sends in framing sal may let [seq, end), which was not sent before, try native data again. */
+static __always_inline int tries_again(struct flow_state *state, __u32 seq, __u32 end)
+{
+	__u32 now_s = bpf_ktime_get_coarse_ns() / NS_PER_S;
+
+	if (seq == end || state->native_probing)
+		return 0;
+	if (!state->native_retry_s) {
+		state->native_retry_s = now_s + NATIVE_RETRY_S;
+		return 0;
+	}
+	if (is_before(now_s, state->native_retry_s))
+		return 0;
+	if (state->native_retries < NATIVE_RETRIES_MAX)
+		state->native_retries++;
+	state->native_retry_s = now_s + (NATIVE_RETRY_S << state->native_retries);
+	state->probe_began = seq;
+	state->probe_end = end;
+	state->native_probing = 1;
+	return 1;
+}
 
 /* Whether the segment [seq, end) is to be sent natively. Sequence numbers in host order. */
 static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 seq, __u32 end,
@@ -32,10 +58,17 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 		state->native_doubts = 0;
 		state->native_repeats = 0;
 		state->peer_in_sal = 0;
+		state->native_retry_s = 0;
+		state->native_retries = 0;
+		state->native_probing = 0;
 		state->sal_sent_end = state->sent_before;
 		state->native_began = state->sent_before;
 	}
+	if (repeated && is_before(seq, state->probe_end) && is_before(state->probe_began, end))
+		state->native_probing = 0; /* in vain; or if not, nobody will know */
 	if (!state->in.packets || state->peer_in_sal >= NATIVE_FOLLOW) {
+		if (state->in.packets && !repeated && !(flags & TCP_FLAG_RST) && tries_again(state, seq, end))
+			return 1;
 		if (is_before(state->native_began, end))
 			state->native_began = end;
 		goto in_sal;
@@ -67,7 +100,7 @@ static __always_inline int goes_native(__be32 id, struct flow *flow, struct flow
 		return 0;
 	}
 decided:
-	if (state->native_proved || state->native_doubts < NATIVE_DOUBTS)
+	if (state->native_proved || state->native_doubts < NATIVE_DOUBTS || (!repeated && tries_again(state, seq, end)))
 		return 1;
 in_sal:
 	if (is_before(state->sal_sent_end, end))
@@ -103,10 +136,13 @@ static __always_inline int send_native(struct __sk_buff *skb, struct flow *flow,
 /* An acknowledgement has come: does it show that native data of ours got through? */
 static __always_inline void prove_native(__be32 id, struct flow *flow, struct flow_state *state, __u32 acknowledged)
 {
-	if (state->native_proved || !is_before(state->sal_sent_end, acknowledged) ||
+	int probed = state->native_probing && !is_before(acknowledged, state->probe_end);
+
+	if (state->native_proved || (!probed && !is_before(state->sal_sent_end, acknowledged)) ||
 	    is_before(state->sent_end, acknowledged) || state->path_number != flow->path_number)
 		return;
 	state->native_proved = 1;
+	state->native_probing = 0;
 	if (state->native_doubts || (flow->flags & FLOW_TELL_PROOF))
 		tell(id, EVENT_NATIVE_PROVED);
 	state->native_doubts = 0;

@@ -73,7 +73,12 @@ struct flow_state {
 	__u32 path_number;
 	__u32 native_began; /* sequence number, host order: what is before it was sent on another path or in framing sal */
 	__u32 sent_before; /* what sent_end was before the segment that is being sent */
-	__u8 padding_out[16];
+	__u32 probe_began; /* sequence numbers, host order: the segment that tries native data again, while native_probing */
+	__u32 probe_end;
+	__u32 native_retry_s; /* by the clock of bpf_ktime_get_coarse_ns: not before; 0: not decided */
+	__u8 native_probing;
+	__u8 native_retries; /* how often that was tried on this path */
+	__u8 padding_out[2];
 	struct direction_counters in;
 	__u8 fin_acknowledged;
 	__u8 fin_received;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from serval_core.dataplane.layouts import (
     FLOW_NATIVE,
     FLOW_NEIGHBOUR_KNOWN,
     FLOW_TELL_PROOF,
+    NATIVE_DOUBTS,
     OBJECT_FILE,
     FlowEvent,
     FlowState,
@@ -274,6 +276,57 @@ def test_what_was_sent_in_sal_to_follow_the_peer_says_nothing_either(programs: B
     assert [send(programs, START), send(programs, START + 5)] == ["sal", "sal"]
     assert send(programs, START + 15) == "native"
     assert events(programs) == []
+
+
+def noted(programs: BpfObject) -> FlowState:
+    return FlowState.parse(programs.map("flow_states").get(SLOT) or b"")
+
+
+def retry_now(programs: BpfObject) -> None:
+    """As if the time for another try had come."""
+    programs.map("flow_states").update(SLOT, noted(programs)._replace(native_retry_s=1).emit())
+
+
+def test_one_segment_tries_again_and_proves_the_path(programs: BpfObject) -> None:
+    programs.map("flow_states").update(SLOT, fresh_state(START, NATIVE_DOUBTS))
+    arrive(programs)
+    assert send(programs, START) == "sal", "the time begins to run"
+    retry_now(programs)
+    assert send(programs, START) == "sal", "what is repeated must get through"
+    assert send(programs, START + 5, b"") == "sal", "nobody acknowledges an acknowledgement"
+    assert [send(programs, START + 5), send(programs, START + 10)] == ["native", "sal"]
+    arrive(programs, START + 5, framing="sal")
+    assert events(programs) == [], "all before it"
+    arrive(programs, START + 10, framing="sal")
+    assert events(programs) == [FlowEvent.NATIVE_PROVED]
+    assert send(programs, START + 15) == "native"
+
+
+def test_a_try_that_fails_is_repeated_after_twice_the_time(programs: BpfObject) -> None:
+    programs.map("flow_states").update(SLOT, fresh_state(START, NATIVE_DOUBTS))
+    arrive(programs)
+    for number, wait_s in enumerate([4 << doublings for doublings in (0, 1, 2, 3, 4, 5, 6, 7, 7, 7)]):
+        sequence = START + 10 * number
+        began = time.clock_gettime(time.CLOCK_MONOTONIC)
+        assert send(programs, sequence) == ("native" if number else "sal")
+        ended = time.clock_gettime(time.CLOCK_MONOTONIC)
+        assert began + wait_s - 2 < noted(programs).native_retry_s < ended + wait_s + 1
+        assert send(programs, sequence + 5) == "sal"
+        assert send(programs, sequence) == "sal", "it did not get through"
+        arrive(programs, sequence + 10, framing="sal")
+        retry_now(programs)
+    assert events(programs) == []
+
+
+def test_tries_again_beside_a_peer_that_sends_in_sal(programs: BpfObject) -> None:
+    """Or two ends that follow each other would do so for ever. The one segment shows the peer that native data arrives."""
+    for _ in range(3):
+        arrive(programs, payload=b"data", framing="sal")
+    assert send(programs, START) == "sal"
+    retry_now(programs)
+    assert [send(programs, START + 5), send(programs, START + 10)] == ["native", "sal"]
+    arrive(programs, START + 15, b"data")
+    assert send(programs, START + 15) == "native"
 
 
 def test_tells_a_proof_when_asked(programs: BpfObject) -> None:

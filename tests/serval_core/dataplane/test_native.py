@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lab.hosts import Host, Lab
+from lab.waiting import wait_for
 from lab.wire_counter import WireCounter
 from serval_core.dataplane.kernel import DataPlaneSettings
 from serval_core.dataplane.native_ports import PortRange
@@ -105,6 +106,33 @@ def test_a_path_without_unsolicited_tcp_carries_the_flow_all_the_same(
     assert framings(server) == ["sal"]
     exchange(near, far, 300_000, 300_000)
     assert server.counters()["framing_native_doubted"] == 1
+
+
+def test_a_flow_goes_native_when_the_path_lets_it(
+    path: tuple[Host, Host, Host], stacks: tuple[StackThread, StackThread]
+) -> None:
+    """Both ends send all the time, so each has seen the other in framing sal."""
+    block(path[1], "meta l4proto tcp")
+    near, far = connected(*stacks)
+    for _ in range(4):
+        swap(near, far)
+    assert framings(*stacks) == ["sal", "sal"]
+    path[1].run(["nft", "delete", "table", "ip", "middlebox"])
+
+    def both_native() -> bool:
+        swap(near, far)
+        return framings(*stacks) == ["native", "native"]
+
+    wait_for(both_native, "both ends send natively", 30)
+    exchange(near, far, 300_000, 300_000)
+
+
+def swap(one: Stream, other: Stream) -> None:
+    """Both send, then both receive."""
+    for each in (one, other):
+        each.socket.sendall(b"!")
+    for each in (one, other):
+        assert each.socket.recv(1) == b"!"
 
 
 @pytest.mark.parametrize("direction", ["eth0", "eth1"])
