@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from typing import Any
 
 import pytest
+from configured import Configured
+from service_manager import service_manager
 
-from lab.chain import TranslatorProcess
 from lab.hosts import Host, Lab
 from lab.native import running, serval, serval_json, start_servald
 from lab.traffic import PROJECT
@@ -31,28 +31,14 @@ except OSError as error:
 """
 
 
-class Daemon:
+class Daemon(Configured):
     """A servald with a configuration file."""
 
     def __init__(self, lab: Lab, host: Host, text: str) -> None:
         self.host = host
-        self.file = lab.directory / f"{host.name}.toml"
-        self.file.write_text(text)
-        self.process: TranslatorProcess = start_servald(
-            host, lab.directory / f"{host.name}.log", "--config", self.file
-        )
-
-    def reload(self, text: str, said: str = "reloaded") -> str:
-        """Have it read `text`; what it says about that."""
-        before = len(self.process.log_path.read_text())
-        self.file.write_text(text)
-        self.process.process.send_signal(signal.SIGHUP)
-
-        def news() -> str:
-            return self.process.log_path.read_text()[before:]
-
-        wait_for(lambda: said in news(), f'"{said}" to be logged', 8)
-        return news()
+        file = lab.directory / f"{host.name}.toml"
+        file.write_text(text)
+        super().__init__(file, start_servald(host, lab.directory / f"{host.name}.log", "--config", file))
 
     def rules(self) -> list[tuple[str, str, str]]:
         """Prefix, type and address of all rules that are neither broadcast nor listeners."""
@@ -164,14 +150,8 @@ def test_routers_that_are_left_are_told(lab_network: tuple[Lab, Host, Host]) -> 
 
 def test_a_reload_is_told_to_the_service_manager(lab: Lab) -> None:
     host = lab.host("notifying")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(lab.directory / "notify"))
-        manager.settimeout(20)
-        os.environ["NOTIFY_SOCKET"] = str(lab.directory / "notify")
-        try:
-            daemon = Daemon(lab, host, "")
-        finally:
-            del os.environ["NOTIFY_SOCKET"]
+    with service_manager() as manager:
+        daemon = Daemon(lab, host, "")
         assert manager.recv(100) == b"READY=1"
         for text in ("[[rule]]\nservice = 7\ntype = 'drop'\n", "broken"):
             daemon.file.write_text(text)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 
 import pytest
+from service_manager import service_manager
 from translator_pair import PORT, SERVICE, TIMEOUT_S, Pair, ending, exchange, only_map, wait_counter
 
 from lab.chain import COMMAND, kernel_traces
@@ -145,15 +144,8 @@ def test_a_rule_that_the_table_refuses_leaves_nothing_half_started(pair: Pair) -
 
 
 def test_readiness_and_the_end_are_told_to_the_service_manager(pair: Pair) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        path = pair.directory / "notify"
-        manager.bind(str(path))
-        manager.settimeout(TIMEOUT_S)
-        os.environ["NOTIFY_SOCKET"] = str(path)
-        try:
-            forward = pair.launch(pair.near, "--map", f"{PORT}={SERVICE}")
-        finally:
-            del os.environ["NOTIFY_SOCKET"]
+    with service_manager() as manager:
+        forward = pair.launch(pair.near, "--map", f"{PORT}={SERVICE}")
         assert manager.recv(100) == b"READY=1"
         assert PORT in pair.near.listening_ports()
         forward.process.send_signal(signal.SIGTERM)

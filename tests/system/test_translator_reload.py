@@ -9,9 +9,10 @@ import socket
 import threading
 
 import pytest
-from translator_pair import PORT, SERVICE, TIMEOUT_S, Pair, ending, exchange, only_map, wait_counter
+from configured import Configured
+from service_manager import service_manager
+from translator_pair import PORT, SERVICE, Pair, ending, exchange, only_map, wait_counter
 
-from lab.chain import TranslatorProcess
 from lab.waiting import wait_for
 
 OTHER_PORT, OTHER_SERVICE = 8081, "76569"
@@ -28,28 +29,14 @@ def reverse_of(*targets: str, service: str = SERVICE) -> str:
     return f"[[reverse]]\nservice = {service}\ntargets = {list(targets)}\n"
 
 
-class Site:
+class Site(Configured):
     """A translator with a configuration file, on the near host if it has maps, else on the far host."""
 
     def __init__(self, pair: Pair, text: str, ports: tuple[int, ...] = (), services: int = 0) -> None:
         host = pair.near if ports else pair.far
-        self.file = pair.directory / f"{host.name}.toml"
-        self.file.write_text(text)
-        self.process: TranslatorProcess = pair.start(
-            host, "--config", str(self.file), ports=ports, services=services
-        )
-
-    def reload(self, text: str, said: str = "reloaded") -> str:
-        """Have it read `text`; returns what it says about that, once it has said `said`."""
-        before = len(self.process.log_path.read_text())
-        self.file.write_text(text)
-        self.process.process.send_signal(signal.SIGHUP)
-
-        def news() -> str:
-            return self.process.log_path.read_text()[before:]
-
-        wait_for(lambda: said in news(), f'"{said}" to be logged')
-        return news()
+        file = pair.directory / f"{host.name}.toml"
+        file.write_text(text)
+        super().__init__(file, pair.start(host, "--config", str(file), ports=ports, services=services))
 
 
 class Upload(threading.Thread):
@@ -238,15 +225,8 @@ def test_a_mistake_leaves_everything_as_it_was(pair: Pair, text: str, complaint:
 
 
 def test_a_reload_is_told_to_the_service_manager(pair: Pair) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        path = pair.directory / "notify-reload"
-        manager.bind(str(path))
-        manager.settimeout(TIMEOUT_S)
-        os.environ["NOTIFY_SOCKET"] = str(path)
-        try:
-            site = Site(pair, map_of(), (PORT,))
-        finally:
-            del os.environ["NOTIFY_SOCKET"]
+    with service_manager() as manager:
+        site = Site(pair, map_of(), (PORT,))
         assert manager.recv(100) == b"READY=1"
         for text in (map_of(OTHER_PORT), "broken"):
             site.file.write_text(text)
