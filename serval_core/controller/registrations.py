@@ -1,8 +1,8 @@
 """Which registrations are in force, and what follows from them?
 
-A record per (prefix, address); for each a FORWARD rule while it lasts, and an entry in the directory. A host
-that is silent for a registration's lifetime is gone. Whether a registration is believed was decided before
-(`router`).
+A record per (prefix, address); for each a FORWARD rule while it lasts, and an entry in the directory
+(`directory_writer` says when it is written). A host that is silent for a registration's lifetime is gone. Whether
+a registration is believed was decided before (`router`).
 
 `now` is monotonic and decides about expiry; `wall` is seconds since 1970, for the directory.
 """
@@ -12,27 +12,17 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from typing import Protocol
 
 from serval_core.controller.authentication import Moment, Signed
-from serval_core.controller.directory import (
-    Changes,
-    Directory,
-    DirectoryFailed,
-    Instance,
-    StoredRegistration,
-)
+from serval_core.controller.directory import Directory, Instance, StoredRegistration
+from serval_core.controller.directory_writer import DirectoryWriter
 from serval_core.errors import OurMistake
 from serval_core.names import ServicePrefix, format_address
 from serval_core.rules import Rule, RuleType
 from serval_core.service_table import ServiceTable
 from serval_core.wire.registration_offer import Offer
 
-# What has not been written after this time is. A batch takes some 5 ms, in which the stack does nothing else.
-SAVE_INTERVAL_S = 5.0
-SAVE_BATCH = 1000
-FORGET_INTERVAL_S = 60.0
 STALE_EXPIRIES_MAX = 1024
 
 
@@ -137,19 +127,13 @@ class Registrations:
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._table = table
-        self._directory = directory
         self._publish = publish
         self._prefix_changed = prefix_changed
-        self._moments_s = moments_s
         self._records: dict[Instance, Record] = {}
         self._prefixes: dict[ServicePrefix, _Prefix] = {}
         self._per_host: Counter[int] = Counter()
         self._expiries: list[tuple[float, Instance]] = []
-        self._unsaved: dict[Instance, None] = {}
-        self._unsaved_moments: dict[Signed, Moment] = {}
-        self._save_at: float | None = None
-        self._save_not_before = now  # the directory has just failed, and an attempt may hold up everything
-        self._forget_at = now + FORGET_INTERVAL_S
+        self._writer = DirectoryWriter(directory, moments_s, self._directory_failed, now)
         self._changing = False  # the table, by ourselves
         self._unsubscribe = table.on_change(self._table_changed)
 
@@ -182,15 +166,14 @@ class Registrations:
 
     def discard(self, stored: StoredRegistration, now: float) -> None:
         """Take a registration that is not in force out of the directory."""
-        self._unsaved[Instance(stored.prefix, stored.address)] = None
-        self._save_at = max(now, self._save_not_before)
+        self._writer.changed(Instance(stored.prefix, stored.address))
+        self._writer.hurry(now)
 
     def stop(self, now: float, wall: float) -> None:
         """Save everything and take the rules back; the registrations stay in the directory."""
-        self._unsaved.update(dict.fromkeys(self._records))
-        self._save_at = now
-        while self._save_at == now and (self._unsaved or self._unsaved_moments):
-            self.save(now, wall)
+        for instance in self._records:
+            self._writer.changed(instance)
+        self._writer.write_all(self._records, now, wall)
         self._unsubscribe()
         for record in list(self._records.values()):
             self._take_out(record)
@@ -237,9 +220,8 @@ class Registrations:
             record.public_key = public_key
             self.counters["refreshed"] += 1
             self._set_expiry(record, now + record.lifetime_s)
-            self._unsaved[instance] = None
-            if self._save_at is None:
-                self._save_at = now + SAVE_INTERVAL_S
+            self._writer.changed(instance)
+            self._writer.in_time(now)
             return True
         successor = Record(instance, offer, public_key, wall)
         previous = moved or record
@@ -253,7 +235,7 @@ class Registrations:
                 self.forget(previous, "displaced", now)
             return False
         self._set_expiry(successor, now + successor.lifetime_s)
-        self._save_at = max(now, self._save_not_before)
+        self._writer.hurry(now)
         self.counters["registered" if previous is None else "changed"] += 1
         self._publish(
             "registered",
@@ -284,13 +266,12 @@ class Registrations:
             "unregistered", prefix=str(record.prefix), address=format_address(record.address), why=why
         )
         self._tell_weight(record.prefix)
-        self._save_at = max(now, self._save_not_before)
+        self._writer.hurry(now)
 
     def note_moment(self, signed: Signed, moment: Moment, now: float) -> None:
         """A signed message was accepted, which the directory is to know too."""
-        self._unsaved_moments[signed] = moment
-        if self._save_at is None:
-            self._save_at = now + SAVE_INTERVAL_S
+        self._writer.signed(signed, moment)
+        self._writer.in_time(now)
 
     def _tell_weight(self, prefix: ServicePrefix) -> None:
         of_prefix = self._prefixes.get(prefix)
@@ -319,7 +300,7 @@ class Registrations:
         self._records[instance] = record
         self._prefixes.setdefault(record.prefix, _Prefix()).add(record, 1)
         self._per_host[record.address] += 1
-        self._unsaved[instance] = None
+        self._writer.changed(instance)
         self._tell_weight(record.prefix)
         return True
 
@@ -344,7 +325,7 @@ class Registrations:
         self._per_host[record.address] -= 1
         if not self._per_host[record.address]:
             del self._per_host[record.address]
-        self._unsaved[instance] = None
+        self._writer.changed(instance)
 
     def _table_changed(self, kind: str, rule: Rule) -> None:
         """A rule that an operator removes by hand stays away for as long as the registration lasts."""
@@ -358,8 +339,8 @@ class Registrations:
     def next_timeout(self) -> float | None:
         """When `handle_timeouts` has something to do, None if never."""
         due = [self._expiries[0][0]] if self._expiries else []
-        if self._save_at is not None:
-            due.append(self._save_at)
+        if self._writer.due is not None:
+            due.append(self._writer.due)
         return min(due, default=None)
 
     def handle_timeouts(self, now: float, wall: float) -> None:
@@ -373,7 +354,7 @@ class Registrations:
                 self._schedule(record)
                 continue
             self.forget(record, "expired", now)
-        if self._save_at is not None and self._save_at <= now:
+        if self._writer.due is not None and self._writer.due <= now:
             self.save(now, wall)
 
     def _set_expiry(self, record: Record, expires_at: float) -> None:
@@ -389,32 +370,9 @@ class Registrations:
             heapq.heapify(self._expiries)
 
     def save(self, now: float, wall: float) -> None:
-        """Write what is unsaved, at most SAVE_BATCH at a time: the rest is due at once.
+        """Write what the directory does not know yet, or a batch of it."""
+        self._writer.write(self._records, now, wall)
 
-        A failure is counted and published, and tried again later.
-        """
-        batch = list(islice(self._unsaved, SAVE_BATCH))
-        moments = dict(islice(self._unsaved_moments.items(), SAVE_BATCH))
-        records = [self._records[instance] for instance in batch if instance in self._records]
-        forget_before_us = 0
-        if now >= self._forget_at:
-            forget_before_us = int((wall - self._moments_s) * 1_000_000)
-            self._forget_at = now + FORGET_INTERVAL_S
-        changes = Changes(
-            [record.stored(now, wall) for record in records],
-            [instance for instance in batch if instance not in self._records],
-            tuple(moments.items()),
-            forget_before_us,
-        )
-        try:
-            self._directory.write(changes)
-        except DirectoryFailed as failure:
-            self.counters["directory_failures"] += 1
-            self._save_at = self._save_not_before = now + SAVE_INTERVAL_S
-            self._publish("directory_failed", why=str(failure))
-            return
-        for instance in batch:
-            del self._unsaved[instance]
-        for signed in moments:
-            del self._unsaved_moments[signed]
-        self._save_at = now if self._unsaved or self._unsaved_moments else None
+    def _directory_failed(self, why: str) -> None:
+        self.counters["directory_failures"] += 1
+        self._publish("directory_failed", why=why)
