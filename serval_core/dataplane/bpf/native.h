@@ -138,11 +138,12 @@ static __always_inline void prove_native(__be32 id, struct flow *flow, struct fl
 {
 	int probed = state->native_probing && !is_before(acknowledged, state->probe_end);
 
+	if (probed)
+		state->native_probing = 0;
 	if (state->native_proved || (!probed && !is_before(state->sal_sent_end, acknowledged)) ||
 	    is_before(state->sent_end, acknowledged) || state->path_number != flow->path_number)
 		return;
 	state->native_proved = 1;
-	state->native_probing = 0;
 	if (state->native_doubts || (flow->flags & FLOW_TELL_PROOF))
 		tell(id, EVENT_NATIVE_PROVED);
 	state->native_doubts = 0;
