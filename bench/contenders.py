@@ -54,6 +54,7 @@ class Contender(ABC):
 
     name: ClassVar[str]
     ports: ClassVar[tuple[int, ...]] = PORTS
+    compares_framings: ClassVar[bool] = False  # it takes part for what a framing or a hop costs
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -194,10 +195,9 @@ class ServalContender(Contender):
     far_end: TranslatorProcess
 
     def start(self) -> None:
-        """Start the far end, then the translator."""
+        """Start both; neither needs the other for that."""
         topology = self.topology
         self.far_end = self.start_far_end(topology.server, topology.directory / "far-end.log")
-        self.far_end.wait_ready(demux_services=len(self.ports))
         arguments: list[Argument] = ["--framing", self.framing.value]
         for port in self.ports:
             arguments += ["--map", f"{port}={SERVICE_OF_PORT[port]}"]
@@ -205,6 +205,7 @@ class ServalContender(Contender):
         self._translator = TranslatorProcess(
             topology.middle, arguments, topology.directory / "translator.log"
         )
+        self.far_end.wait_ready(demux_services=len(self.ports))
         self._translator.wait_ready(ports=self.ports)
 
     @abstractmethod
@@ -213,8 +214,11 @@ class ServalContender(Contender):
 
     def stop(self) -> None:
         """End both."""
-        for process in (self._translator, self.far_end):
-            process.stop(signal.SIGINT)
+        both = self._translator.process, self.far_end.process
+        for process in both:
+            process.send_signal(signal.SIGINT)
+        for process in both:
+            process.wait(STOP_TIMEOUT_S)
 
     def process_ids(self) -> list[int]:
         """The translator and the far end."""
@@ -261,6 +265,7 @@ class OneHop(Contender):
     name = "one hop"
     framing: ClassVar[Framing] = Framing.SAL
     ports = (STREAM_PORT,)
+    compares_framings = True
 
     def stream_sender(self, duration_s: float) -> list[Argument]:
         """The native source."""
@@ -296,6 +301,7 @@ class OneTranslatorNative(OneTranslator):
 
     name = "one translator, native sink, native"
     framing = Framing.NATIVE
+    compares_framings = True
 
 
 class TwoTranslatorsNative(TwoTranslators):
@@ -303,6 +309,7 @@ class TwoTranslatorsNative(TwoTranslators):
 
     name = "two translators, native"
     framing = Framing.NATIVE
+    compares_framings = True
 
 
 class TwoTranslatorsUdp(TwoTranslators):
@@ -310,6 +317,7 @@ class TwoTranslatorsUdp(TwoTranslators):
 
     name = "two translators, udp"
     framing = Framing.UDP
+    compares_framings = True
 
 
 def native_sink(server: Host, log_path: Path, framing: Framing) -> TranslatorProcess:

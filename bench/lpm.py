@@ -29,7 +29,7 @@ from serval_core.service_table import ServiceTable
 
 PREFIXES = 1_000_000
 LOOKUPS = 300_000
-QUICK_LOOKUPS = 100_000
+QUICK_PREFIXES, QUICK_LOOKUPS = 100_000, 100_000
 CHECKED_LOOKUPS = 4  # of each kind
 WHOLE_SHARE = 0.7
 SHORTER_BITS = (24, 32, 64, 96, 128, 160, 192, 224)
@@ -50,6 +50,16 @@ class LargeTable(NamedTuple):
     lookups_default_per_s: float
     removals_per_s: float
     bytes_per_prefix: float
+
+    def sentence(self) -> str:
+        """The figures in one line."""
+        return (
+            f"service table with {self.prefixes:,} prefixes of {self.lengths} lengths: "
+            f"{self.inserts_per_s / 1e3:.0f} k inserts/s, {self.lookups_per_s / 1e3:.0f} k lookups/s "
+            f"(whole serviceIDs {self.lookups_whole_per_s / 1e3:.0f}, shorter prefixes "
+            f"{self.lookups_shorter_per_s / 1e3:.0f}, default rule {self.lookups_default_per_s / 1e3:.0f}), "
+            f"{self.removals_per_s / 1e3:.0f} k removals/s, {self.bytes_per_prefix:.0f} bytes per prefix"
+        )
 
 
 def prefixes(count: int, random: Random) -> Iterator[ServicePrefix]:
@@ -149,17 +159,6 @@ def measure_apart(count: int = PREFIXES, lookups: int = LOOKUPS) -> LargeTable:
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()[-400:]}")
     return LargeTable(**json.loads(result.stdout))
-
-
-def sentence(found: LargeTable) -> str:
-    """The figures in one line."""
-    return (
-        f"service table with {found.prefixes:,} prefixes of {found.lengths} lengths: "
-        f"{found.inserts_per_s / 1e3:.0f} k inserts/s, {found.lookups_per_s / 1e3:.0f} k lookups/s "
-        f"(whole serviceIDs {found.lookups_whole_per_s / 1e3:.0f}, shorter prefixes "
-        f"{found.lookups_shorter_per_s / 1e3:.0f}, default rule {found.lookups_default_per_s / 1e3:.0f}), "
-        f"{found.removals_per_s / 1e3:.0f} k removals/s, {found.bytes_per_prefix:.0f} bytes per prefix"
-    )
 
 
 def _sample(count: int, lookups: int, random: Random) -> dict[str, list[ServiceID]]:

@@ -27,7 +27,6 @@ RATE = "1gbit"
 FRAMINGS = ("sal", "native", "udp")
 WARM_UP_S = 1.0
 ROUNDS, MOVES = 2, 20
-QUICK_ROUNDS, QUICK_MOVES = 1, 8
 
 
 class MigrationGaps(NamedTuple):
@@ -35,6 +34,15 @@ class MigrationGaps(NamedTuple):
 
     moving: dict[str, list[float]]
     still: dict[str, list[float]]
+
+    def sentence(self) -> str:
+        """The figures in one line."""
+        each = (
+            f"{framing} {1000 * statistics.median(gaps):.1f} ms (longest {1000 * max(gaps):.1f}; "
+            f"without a move {1000 * statistics.median(self.still[framing]):.1f})"
+            for framing, gaps in self.moving.items()
+        )
+        return f"silence at the client while a flow at 1 Gbit/s moves, median: {', '.join(each)}"
 
 
 def measure(rounds: int, moves: int, progress: Callable[[str], None] = lambda text: None) -> MigrationGaps:
@@ -71,16 +79,6 @@ def _measure(framing: str, moves: int, found: MigrationGaps) -> None:
             raise RuntimeError(f"migration, framing {framing}: something else arrived than was sent")
 
 
-def sentence(found: MigrationGaps) -> str:
-    """The figures in one line."""
-    each = (
-        f"{framing} {1000 * statistics.median(gaps):.1f} ms (longest {1000 * max(gaps):.1f}; "
-        f"without a move {1000 * statistics.median(found.still[framing]):.1f})"
-        for framing, gaps in found.moving.items()
-    )
-    return f"silence at the client while a flow at 1 Gbit/s moves, median: {', '.join(each)}"
-
-
 def main() -> None:
     """Measure and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -89,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.rounds, arguments.moves)
     print(json.dumps(found._asdict()))
-    print(sentence(found), file=sys.stderr)
+    print(found.sentence(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,20 @@ import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from bench.contenders import CONTENDERS, Direct, HAProxy
+from bench.contenders import (
+    CONTENDERS,
+    Direct,
+    HAProxy,
+    OneHop,
+    OneHopNative,
+    OneHopUdp,
+    TwoTranslators,
+    TwoTranslatorsUdp,
+)
 from bench.measures import METHOD, Throughput
 from bench.run import Plan, Results, Sample
 
@@ -21,7 +30,7 @@ Summary = dict[str, dict[str, float]]
 
 
 def summarize(results: Results) -> Summary:
-    """Per contender: medians of each figure and, for rates, the median ratios of pairs to the references."""
+    """Per contender: medians of each figure and, for rates and `PAIRS`, the median ratios of pairs to the references."""
     summary: Summary = {kind.name: {} for kind in CONTENDERS}
     for measure, key, value in FIGURES:
         of_contender = results.samples.get(measure, {})
@@ -33,6 +42,10 @@ def summarize(results: Results) -> Summary:
                 _add_ratios(
                     summary, f"{key}_to_{reference}", of_contender, of_contender.get(reference_name), value
                 )
+        for pair in PAIRS:
+            if pair.figure == key and pair.contender in of_contender:
+                one = {pair.contender: of_contender[pair.contender]}
+                _add_ratios(summary, pair.key, one, of_contender.get(pair.reference), value)
     return {name: figures for name, figures in summary.items() if figures}
 
 
@@ -43,13 +56,15 @@ def _add_ratios(
     reference: list[Sample | None] | None,
     value: Callable[[Any], float],
 ) -> None:
-    """The median of value / value of the reference in the same round."""
+    """The median of value / value of the reference in the same round, where that is more than nothing."""
     for name, samples in of_contender.items():
-        pairs = [
-            (a, b) for a, b in zip(samples, reference or [], strict=False) if a is not None and b is not None
+        ratios = [
+            value(a) / value(b)
+            for a, b in zip(samples, reference or [], strict=False)
+            if a is not None and b is not None and value(b) > 0
         ]
-        if pairs:
-            summary[name][key] = statistics.median(value(a) / value(b) for a, b in pairs)
+        if ratios:
+            summary[name][key] = statistics.median(ratios)
 
 
 # (measure, key in the summary, value of a sample)
@@ -66,6 +81,27 @@ FIGURES: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ("memory", "slab_bytes_per_1000_pairs", lambda sample: sample.slab_bytes * 1000 / sample.pairs),
 )
 WITH_RATIO = frozenset({"bits_per_s", "shaped_bits_per_s", "short_connections_per_s"})
+
+
+class Pair(NamedTuple):
+    """A ratio of a figure that is wanted besides those of all contenders to `REFERENCES`."""
+
+    figure: str
+    contender: str
+    reference: str
+    word: str  # for the reference, in `key`
+
+    @property
+    def key(self) -> str:
+        """Under which the contender's figures have it."""
+        return f"{self.figure}_to_{self.word}"
+
+
+PAIRS = (
+    Pair("bits_per_s", TwoTranslatorsUdp.name, TwoTranslators.name, "sal"),
+    Pair("bits_per_s", OneHopUdp.name, OneHop.name, "sal"),
+    Pair("cpu_s_per_gb", OneHopNative.name, Direct.name, "direct"),
+)
 
 # (heading, key, format, factor)
 COLUMNS: tuple[tuple[str, str, str, float], ...] = (
@@ -99,6 +135,17 @@ def table(summary: Summary) -> Table:
             ),
         )
     return shown
+
+
+def pair_sentences(summary: Summary) -> list[str]:
+    """A line for each ratio of `PAIRS` that was measured."""
+    headings = {key: heading for heading, key, *_ in COLUMNS}
+    return [
+        f"{headings[pair.figure]} of '{pair.contender}' to that of '{pair.reference}', median of pairs: "
+        f"{summary[pair.contender][pair.key]:.2f}"
+        for pair in PAIRS
+        if pair.key in summary.get(pair.contender, {})
+    ]
 
 
 def write_json(

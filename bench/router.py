@@ -38,7 +38,7 @@ SOURCE, ROUTER, TARGET = "10.1.0.1", "10.1.0.254", "10.2.0.2"
 NOBODYS_MAC = "02:00:00:00:00:99"
 WARM_UP_S = 0.5
 ROUNDS, SECONDS = 9, 1.0
-QUICK_ROUNDS, QUICK_SECONDS = 3, 0.5
+QUICK_ROUNDS, QUICK_SECONDS = 2, 0.3
 
 IP_FORWARDING, IN_KERNEL, USER_SPACE = "IP forwarding", "in the kernel (BPF)", "in user space"
 COUNTER_OF = {IN_KERNEL: "forwarded_in_kernel", USER_SPACE: "forwarded_in_batches"}
@@ -58,6 +58,17 @@ class RoutingRates(NamedTuple):
         """The median over rounds of the ratio to IP forwarding."""
         pairs = zip(self.rates[contender], self.rates[IP_FORWARDING], strict=True)
         return statistics.median(rate / ip for rate, ip in pairs)
+
+    def sentence(self) -> str:
+        """The figures in one line."""
+        ways = ", ".join(
+            f"{name} {self.median(name) / 1e3:.0f} k/s ({self.to_ip(name):.2f})"
+            for name in (IN_KERNEL, USER_SPACE)
+        )
+        return (
+            f"service router, SYNs of {len(syn_packet(TARGET))} bytes: {ways}; "
+            f"IP forwarding of the same packets {self.median(IP_FORWARDING) / 1e3:.0f} k/s"
+        )
 
 
 def syn_packet(destination: str) -> bytes:
@@ -162,18 +173,6 @@ async def _serve(contender: str) -> None:
     await stack.stop()
 
 
-def sentence(found: RoutingRates) -> str:
-    """The figures in one line."""
-    ways = ", ".join(
-        f"{name} {found.median(name) / 1e3:.0f} k/s ({found.to_ip(name):.2f})"
-        for name in (IN_KERNEL, USER_SPACE)
-    )
-    return (
-        f"service router, SYNs of {len(syn_packet(TARGET))} bytes: {ways}; "
-        f"IP forwarding of the same packets {found.median(IP_FORWARDING) / 1e3:.0f} k/s"
-    )
-
-
 def main() -> None:
     """Measure and print one JSON line, or be the router."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -186,7 +185,7 @@ def main() -> None:
         return
     found = measure(arguments.rounds, arguments.seconds)
     print(json.dumps(found._asdict()))
-    print(sentence(found), file=sys.stderr)
+    print(found.sentence(), file=sys.stderr)
 
 
 if __name__ == "__main__":

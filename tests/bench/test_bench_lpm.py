@@ -14,7 +14,7 @@ def test_a_small_table_gives_every_figure() -> None:
     found = lpm.measure_apart(5000, 300)
     assert (found.prefixes, found.lengths) == (5000, 10)
     assert all(value > 0 for value in found)
-    assert lpm.sentence(found).startswith("service table with 5,000 prefixes of 10 lengths: ")
+    assert found.sentence().startswith("service table with 5,000 prefixes of 10 lengths: ")
 
 
 def test_the_prefixes_are_different_and_always_the_same() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import migration
-from bench.migration import FRAMINGS, MigrationGaps, measure, sentence
+from bench.migration import FRAMINGS, MigrationGaps, measure
 
 
 def test_each_framing_moves(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,4 +18,4 @@ def test_each_framing_moves(root: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_sentence_names_median_and_longest() -> None:
     gaps = {name: [0.004, 0.002, 0.009] for name in FRAMINGS}
-    assert "udp 4.0 ms (longest 9.0; without a move 4.0)" in sentence(MigrationGaps(gaps, gaps))
+    assert "udp 4.0 ms (longest 9.0; without a move 4.0)" in MigrationGaps(gaps, gaps).sentence()

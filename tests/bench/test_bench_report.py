@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.contenders import Direct, HAProxy, TwoTranslators
+from bench.contenders import Direct, HAProxy, OneHopNative, TwoTranslators, TwoTranslatorsUdp
 from bench.measures import IdleMemory, Requests, Throughput
-from bench.report import summarize, table, write_json, write_plot
+from bench.report import pair_sentences, summarize, table, write_json, write_plot
 from bench.run import QUICK, Results
 
 
@@ -20,7 +20,8 @@ def results() -> Results:
     }
     for name, rates in rounds.items():
         for rate in rates:
-            found.add("throughput", name, rate and Throughput(rate, 2_000_000_000, cpu_s=3.0, stolen_s=0.25))
+            sample = None if rate is None else Throughput(rate, 2_000_000_000, cpu_s=3.0, stolen_s=0.25)
+            found.add("throughput", name, sample)
     found.add("short_connections", HAProxy.name, Requests(1000.0, 0, 10, 20))
     found.add("short_connections", TwoTranslators.name, Requests(250.0, 3, 40, 80))
     found.add("latency", TwoTranslators.name, None)
@@ -41,6 +42,27 @@ def test_medians_and_ratios_of_the_same_round() -> None:
     assert summary[TwoTranslators.name]["short_connection_errors"] == 3
     assert "p50_us" not in summary[TwoTranslators.name]
     assert summary[Direct.name]["slab_bytes_per_1000_pairs"] == 2_000_000
+
+
+def test_the_ratios_that_are_asked_for_are_of_pairs_too() -> None:
+    found = results()
+    for rate in (3e9, 5e9, 4e9):
+        found.add("throughput", TwoTranslatorsUdp.name, Throughput(rate, 2_000_000_000, 3.0, 0.0))
+    # The first reference took no CPU time beyond the idle machine's share, as it seems: no ratio.
+    of_cpu = Results()
+    for direct_cpu_s, hop_cpu_s in ((0.0, 1.0), (2.0, 1.0), (4.0, 3.0), (4.0, 8.0)):
+        of_cpu.add("throughput", Direct.name, Throughput(1e9, 1_000_000_000, direct_cpu_s, 0.0))
+        of_cpu.add("throughput", OneHopNative.name, Throughput(1e9, 1_000_000_000, hop_cpu_s, 0.0))
+    rates, cpu = summarize(found), summarize(of_cpu)
+    assert rates[TwoTranslatorsUdp.name]["bits_per_s_to_sal"] == 0.75
+    assert cpu[OneHopNative.name]["cpu_s_per_gb_to_direct"] == 0.75
+    assert pair_sentences(rates) == [
+        "Gbit/s of 'two translators, udp' to that of 'two translators', median of pairs: 0.75"
+    ]
+    assert pair_sentences(cpu) == [
+        "CPU-s/GB of 'one hop, native' to that of 'direct TCP', median of pairs: 0.75"
+    ]
+    assert pair_sentences(summarize(results())) == []
 
 
 def test_the_table_has_a_row_for_each_contender_that_was_measured() -> None:

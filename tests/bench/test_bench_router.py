@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.router import CONTENDERS, IN_KERNEL, IP_FORWARDING, RoutingRates, measure, sentence, syn_packet
+from bench.router import CONTENDERS, IN_KERNEL, IP_FORWARDING, RoutingRates, measure, syn_packet
 from serval_core.wire import ipv4, sal
 
 
@@ -18,7 +18,7 @@ def test_ratio_is_that_of_the_rounds() -> None:
     found = RoutingRates(rates)
     assert found.to_ip(IN_KERNEL) == 1.0
     assert found.median(IP_FORWARDING) == 200.0
-    assert "(1.00)" in sentence(found)
+    assert "(1.00)" in found.sentence()
 
 
 def test_the_packet_is_what_a_prototype_sends() -> None:

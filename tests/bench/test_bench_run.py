@@ -1,4 +1,4 @@
-"""Does the benchmark measure real contenders, and does a contender that fails spoil only its own figures?"""
+"""Does the benchmark measure real contenders, who has a turn where, and does one that fails spoil only its own figures?"""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from typing import ClassVar
 import pytest
 
 from bench import run as bench_run
-from bench.contenders import Contender, Direct, HAProxy, ProcessContender, TwoTranslators
+from bench.contenders import CONTENDERS, Contender, Direct, HAProxy, ProcessContender, TwoTranslators
 from bench.measures import IdleMemory, Requests, Throughput
-from bench.run import Plan, run
-from lab.hosts import Argument
+from bench.run import FULL, QUICK, Plan, run, stages
+from bench.topology import Topology
+from lab.hosts import Argument, Lab
 
 SHORT = Plan(
-    throughput_rounds=1, request_rounds=1, shaped_rounds=1, seconds=0.2, idle_pairs=20, idle_share_s=0.1
+    throughput_rounds=1,
+    request_rounds=1,
+    shaped_rounds=1,
+    seconds=0.2,
+    idle_pairs=20,
+    idle_share_s=0.1,
+    framings_in_every_stage=False,
 )
+THROUGHPUT, REQUESTS, MEMORY, SHAPED = "throughput", "requests", "idle memory", "at 1gbit"
+PROXIES = {"direct TCP", "HAProxy splice", "nginx stream", "socat", "two translators"}
+ONE_TRANSLATOR = "one translator, native sink"
 
 
 class Broken(ProcessContender):
@@ -55,3 +65,22 @@ def test_each_measure_of_each_contender_gives_a_figure(monkeypatch: pytest.Monke
         assert isinstance(memory, IdleMemory)
         assert memory.pairs == SHORT.idle_pairs
     assert results.samples["throughput"]["broken"] == [None]
+
+
+def test_a_quick_run_compares_framings_in_throughput_only(root: None) -> None:
+    with Lab() as lab:
+        topology = Topology(lab)
+        contenders = [kind(topology) for kind in CONTENDERS]
+    names = {who.name for who in contenders}
+    quick, full = (
+        {stage.title: {who.name for who in contenders if stage.has(who)} for stage in stages(plan, 0.0)}
+        for plan in (QUICK, FULL)
+    )
+    assert quick == {
+        THROUGHPUT: names,
+        REQUESTS: PROXIES,
+        MEMORY: PROXIES,
+        SHAPED: PROXIES | {ONE_TRANSLATOR},
+    }
+    assert full[SHAPED] == full[THROUGHPUT] == names
+    assert full[REQUESTS] == full[MEMORY] == PROXIES | {"two translators, udp", "two translators, native"}
