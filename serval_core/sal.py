@@ -1,8 +1,8 @@
 """The service access layer: packets and calls go in, effects come out. It never touches a socket or a clock.
 
-This is the facade that `stack` drives. It says which part a packet concerns, and nothing about what that
-part does: active_open, passive_open, close. Time is an argument, in seconds of any clock that does not go
-back. Not thread-safe.
+This is the facade that `stack` drives. It says which part a call concerns, and nothing about what that part does:
+active_open, passive_open, close, migration; for packets `incoming` says so. Time is an argument, in seconds of any
+clock that does not go back. Not thread-safe.
 
 After every call, and when `next_timeout()` has come and `handle_timeouts` was called, carry out
 `take_effects()` in order.
@@ -19,11 +19,11 @@ from serval_core.close import Close
 from serval_core.connected_datagrams import ConnectedDatagrams
 from serval_core.core import Core, RandomSource
 from serval_core.delay_queue import DelayQueue
-from serval_core.effects import Effect, SendPacket
-from serval_core.errors import OurMistake, TheirMistake
-from serval_core.flow import Flow, SynKey
-from serval_core.forwarding import Forwarding
+from serval_core.effects import Effect
+from serval_core.errors import OurMistake
+from serval_core.flow import Flow
 from serval_core.framing import NativePorts, NoNativePorts
+from serval_core.incoming import Incoming
 from serval_core.migration import Migration
 from serval_core.migration_states import OwnMove
 from serval_core.moves import LiveFlow
@@ -32,16 +32,14 @@ from serval_core.names import FlowID, ServiceID, ServicePrefix, format_address
 from serval_core.passive_open import PassiveOpen
 from serval_core.path_quality import PathQuality
 from serval_core.paths import Path, PathFinder
-from serval_core.reset import answer_with_reset
 from serval_core.sal_settings import SalSettings
 from serval_core.sent_resets import SentResets
 from serval_core.service_table import ServiceTable
 from serval_core.states import State
 from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.undeliverable import error_name, undelivered
-from serval_core.wire import ipv4
-from serval_core.wire.ipv4 import IPv4Packet, OuterPorts
-from serval_core.wire.sal import PROTOCOL_SAL, PROTOCOL_TCP, PROTOCOL_UDP, RST, RSYN, SYN, SalPacket, parse
+from serval_core.wire.ipv4 import OuterPorts
+from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
 
@@ -68,11 +66,14 @@ class ServiceAccessLayer:
         self._active_open = ActiveOpen(self._core)
         self._connected_datagrams = ConnectedDatagrams(self._core)
         self._passive_open = PassiveOpen(self._core, self._connected_datagrams)
-        self._sent_resets = SentResets(self._core)
+        sent_resets = SentResets(self._core)
         self._migration = Migration(self._core)
-        self._close = Close(self._core, self._sent_resets, self._connected_datagrams, self._migration)
+        self._close = Close(self._core, sent_resets, self._connected_datagrams, self._migration)
         self._unconnected = Unconnected(self._core)
-        self.forwarding = Forwarding(self._core, self._dispatch)
+        self._incoming = Incoming(
+            self._core, self._active_open, self._passive_open, self._close, sent_resets, self._unconnected
+        )
+        self.forwarding = self._incoming.forwarding
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
         self._core.prepare_steps()
         self.counters = self._core.counters
@@ -262,21 +263,7 @@ class ServiceAccessLayer:
 
         Whatever is wrong with it is counted, never raised.
         """
-        core = self._core
-        core.counters["packets_received"] += 1
-        try:
-            if (
-                core.flows.half_open >= core.settings.request_queue_limit
-                and not self.forwarding.enabled
-                and _is_syn(packet)
-            ):
-                raise TheirMistake("request_queue_full")
-            ip = ipv4.parse(packet)
-            if ip.is_fragment:
-                raise TheirMistake("fragment")
-            self._dispatch(ip, parse(ip.payload), interface_index, broadcast, now)
-        except TheirMistake as mistake:
-            core.drop(mistake.reason)
+        self._incoming.packet_received(packet, interface_index, broadcast, now)
 
     def encapsulated_received(
         self,
@@ -289,13 +276,7 @@ class ServiceAccessLayer:
         now: float,
     ) -> None:
         """Process what came inside UDP; `ports` as we see them. The outer checksum has been verified."""
-        core = self._core
-        core.counters["packets_received"] += 1
-        try:
-            ip = IPv4Packet(source, destination, PROTOCOL_SAL, ipv4.DEFAULT_TTL, 0, 0, 0, payload, ports)
-            self._dispatch(ip, parse(payload), interface_index, broadcast, now)
-        except TheirMistake as mistake:
-            core.drop(mistake.reason)
+        self._incoming.encapsulated_received(payload, source, destination, ports, interface_index, broadcast, now)
 
     def peer_seen(self, flow_id: FlowID, address: int, port: int, now: float) -> None:
         """Data plane: the flow's encapsulated data comes from this address and UDP port, and not from where we send to."""
@@ -385,72 +366,6 @@ class ServiceAccessLayer:
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None:
             self._close.abort(flow, errno, now)
-
-    def _dispatch(
-        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
-    ) -> None:
-        control = sal.control
-        if control is not None and control.flags == SYN:
-            if self.forwarding.enabled and self._forwards_syn(
-                ip, sal, interface_index, broadcast, now
-            ):
-                return
-            self._passive_open.syn_received(ip, sal, interface_index, broadcast, now)
-            return
-        flows = self._core.flows
-        flow = flows.by_id.get(sal.dst_flow_id)
-        if flow is None:
-            if (record := flows.time_wait.get(sal.dst_flow_id)) is not None:
-                self._close.time_wait_received(record, ip, sal)
-            elif (reset := self._sent_resets.find(sal.dst_flow_id)) is not None:
-                self._sent_resets.receive(reset, sal)
-            elif not self.forwarding.takes(ip, sal, interface_index, broadcast, now):
-                self._unknown_flow(ip, sal, interface_index, broadcast, now)
-        elif flow.state is State.REQUEST:
-            self._active_open.receive(flow, ip, sal, interface_index, broadcast, now)
-        elif flow.state is State.RESPOND:
-            self._passive_open.receive(flow, ip, sal, now)
-            if control is not None and control.flags == RSYN:
-                self._close.receive(flow, ip, sal, interface_index, now)
-        else:
-            self._close.receive(flow, ip, sal, interface_index, now)
-
-    def _forwards_syn(
-        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
-    ) -> bool:
-        """Whether a SYN went on to another host. One that this host has begun to answer stays here."""
-        assert sal.control is not None
-        client = sal.source_addresses[0] if sal.source_addresses else ip.source
-        if SynKey(client, sal.src_flow_id, sal.control.nonce) in self._core.flows.by_syn:
-            return False
-        return self.forwarding.takes(ip, sal, interface_index, broadcast, now)
-
-    def _unknown_flow(
-        self, ip: IPv4Packet, sal: SalPacket, interface_index: int, broadcast: bool, now: float
-    ) -> None:
-        """A packet that names a service is told that nobody has the flow; others are ignored (SPEC 3.9).
-
-        An RSYN that names one asks several instances for the one that has the flow (`rendezvous`).
-
-        Broadcast ones are ignored as well: each host would answer, and an RST kills a prototype's socket.
-        Unconnected datagrams belong to no flow.
-        """
-        control = sal.control
-        if sal.services and self._unconnected.receive(ip, sal, interface_index):
-            return
-        if self._unconnected.refused(ip, sal, now):
-            return
-        if sal.services and not broadcast and (control is None or not control.flags & (RST | RSYN | SYN)):
-            packet = answer_with_reset(ip, sal)
-            self._core.effects.append(SendPacket(packet, ip.source, interface_index))
-            self._core.counters["resets_answered"] += 1
-        raise TheirMistake("unknown_flow")
-
-
-def _is_syn(packet: bytes) -> bool:
-    """Whether a packet looks like a SYN: a glance that costs next to nothing during a flood."""
-    control = (packet[0] & 15) * 4 + 12 if packet else 0
-    return len(packet) > control + 2 and packet[control] >> 4 == 1 and packet[control + 2] & 0xFC == SYN
 
 
 def _live(flow: Flow) -> LiveFlow:
