@@ -124,6 +124,11 @@ class LoneHost:
         return [str(flow["state"]) for flow in self.sal.flows()]
 
 
+def drops(host: LoneHost) -> int:
+    """How many packets it has dropped, for any reason."""
+    return sum(count for name, count in host.sal.counters.items() if name.startswith("dropped_"))
+
+
 class Peer:
     """The other end of one flow, like a prototype unless `options` say otherwise.
 

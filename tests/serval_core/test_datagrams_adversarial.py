@@ -30,17 +30,13 @@ from serval_core.wire.sal import (
     SalPacket,
 )
 from serval_core.wire.udp import UdpDatagram
-from tests.serval_core.lone_host import LOCAL, OTHER, REMOTE, SERVICE, SERVICE_ID, LoneHost, Sent
+from tests.serval_core.lone_host import LOCAL, OTHER, REMOTE, SERVICE, SERVICE_ID, LoneHost, Sent, drops
 from tests.serval_core.mad_conversations import REQUEST_QUEUE_LIMIT, EffectOrder, converse
 from tests.serval_core.wire.strategies import keys, proofs
 
 ENDPOINT = parse_service("700")
 EMPTY = udp.emit(UdpDatagram(0, 0, b""), REMOTE, LOCAL)
 numbers = st.integers(0, 0xFFFFFFFF)
-
-
-def drops(host: LoneHost) -> int:
-    return sum(count for name, count in host.sal.counters.items() if name.startswith("dropped_"))
 
 
 def host_with_both(seed: int = 1, settings: SalSettings | None = None) -> LoneHost:

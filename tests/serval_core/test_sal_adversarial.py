@@ -33,16 +33,13 @@ from tests.serval_core.lone_host import (
     Sent,
     accepted_host,
     connected_host,
+    drops,
 )
 from tests.serval_core.mad_conversations import REQUEST_QUEUE_LIMIT, EffectOrder, converse
 from tests.serval_core.wire.strategies import keys, proofs
 
 numbers = st.integers(0, 0xFFFFFFFF)
 flag_bytes = st.integers(0, 0xFF)
-
-
-def drops(host: LoneHost) -> int:
-    return sum(count for name, count in host.sal.counters.items() if name.startswith("dropped_"))
 
 
 def listening_host() -> LoneHost:
