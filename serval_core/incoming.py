@@ -54,7 +54,7 @@ class Incoming:
         self.forwarding = Forwarding(core, self._dispatch)
 
     def packet_received(self, packet: bytes, interface_index: int, broadcast: bool, now: float) -> None:
-        """An IPv4 packet of protocol 144 came to this host or, if `broadcast`, to all."""
+        """Process an IPv4 packet of protocol 144 that came to this host or, if `broadcast`, to all."""
         core = self._core
         core.counters["packets_received"] += 1
         try:
@@ -81,7 +81,7 @@ class Incoming:
         broadcast: bool,
         now: float,
     ) -> None:
-        """Something came inside UDP; `ports` as we see them."""
+        """Process what came inside UDP; `ports` as we see them. The outer checksum has been verified."""
         core = self._core
         core.counters["packets_received"] += 1
         try:

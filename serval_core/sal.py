@@ -38,7 +38,6 @@ from serval_core.service_table import ServiceTable
 from serval_core.states import State
 from serval_core.unconnected import Endpoint, Unconnected
 from serval_core.undeliverable import error_name, undelivered
-from serval_core.wire.ipv4 import OuterPorts
 from serval_core.wire.sal import PROTOCOL_TCP, PROTOCOL_UDP
 
 __all__ = ["SalSettings", "ServiceAccessLayer"]
@@ -70,10 +69,12 @@ class ServiceAccessLayer:
         self._migration = Migration(self._core)
         self._close = Close(self._core, sent_resets, self._connected_datagrams, self._migration)
         self._unconnected = Unconnected(self._core)
-        self._incoming = Incoming(
+        incoming = Incoming(
             self._core, self._active_open, self._passive_open, self._close, sent_resets, self._unconnected
         )
-        self.forwarding = self._incoming.forwarding
+        self.packet_received = incoming.packet_received
+        self.encapsulated_received = incoming.encapsulated_received
+        self.forwarding = incoming.forwarding
         """Switch `forwarding.enabled` to make this host a service router, or none any more."""
         self._core.prepare_steps()
         self.counters = self._core.counters
@@ -257,26 +258,6 @@ class ServiceAccessLayer:
         flow = self._core.flows.by_id.get(flow_id)
         if flow is not None:
             self._core.framings.native_proved(flow.peer_address)
-
-    def packet_received(self, packet: bytes, interface_index: int, broadcast: bool, now: float) -> None:
-        """Process an IPv4 packet of protocol 144 that came to this host or, if `broadcast`, to all.
-
-        Whatever is wrong with it is counted, never raised.
-        """
-        self._incoming.packet_received(packet, interface_index, broadcast, now)
-
-    def encapsulated_received(
-        self,
-        payload: bytes,
-        source: int,
-        destination: int,
-        ports: OuterPorts,
-        interface_index: int,
-        broadcast: bool,
-        now: float,
-    ) -> None:
-        """Process what came inside UDP; `ports` as we see them. The outer checksum has been verified."""
-        self._incoming.encapsulated_received(payload, source, destination, ports, interface_index, broadcast, now)
 
     def peer_seen(self, flow_id: FlowID, address: int, port: int, now: float) -> None:
         """Data plane: the flow's encapsulated data comes from this address and UDP port, and not from where we send to."""
