@@ -8,32 +8,26 @@ after a move has lost it, and the data plane lets its socket repeat it (`datapla
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable
 
-from serval_core.dataplane.kernel import SocketState
+from serval_core.dataplane.flow_sockets import SocketState
 from serval_core.names import FlowID
 
 WAIT_MIN_S = 0.02
 ROUND_TRIPS = 2
 
 
-class Sockets(Protocol):
-    """What is asked of the data plane."""
-
-    def look(self, flow_id: FlowID) -> SocketState | None:
-        """The kernel socket of a flow."""
-
-    def repeat_all(self, flow_id: FlowID, seen: SocketState) -> None:
-        """Have it repeat what is unacknowledged."""
-
-
 class LostWithPath:
     """Looks after the flows of one stack that have just been moved. Belongs to its loop."""
 
-    __slots__ = ("_sockets", "_waiting", "repeated")
+    __slots__ = ("_look_at", "_repeat_all", "_waiting", "repeated")
 
-    def __init__(self, sockets: Sockets) -> None:
-        self._sockets = sockets
+    def __init__(
+        self, look: Callable[[FlowID], SocketState | None], repeat_all: Callable[[FlowID, SocketState], None]
+    ) -> None:
+        """`look` finds the kernel socket of a flow, `repeat_all` has it repeat what is unacknowledged."""
+        self._look_at = look
+        self._repeat_all = repeat_all
         self._waiting: dict[FlowID, asyncio.TimerHandle] = {}
         self.repeated = 0
         """How often something was."""
@@ -41,7 +35,7 @@ class LostWithPath:
     def moved(self, flow_id: FlowID) -> None:
         """A flow takes another path from now on."""
         self._forget(flow_id)
-        seen = self._sockets.look(flow_id)
+        seen = self._look_at(flow_id)
         # After a timeout TCP repeats by itself (`after_move`).
         if seen is not None and seen.send_next != seen.send_unacknowledged and not seen.timeouts:
             wait_s = max(WAIT_MIN_S, ROUND_TRIPS * seen.round_trip_us / 1e6)
@@ -60,7 +54,7 @@ class LostWithPath:
 
     def _look(self, flow_id: FlowID, unacknowledged: int) -> None:
         del self._waiting[flow_id]
-        seen = self._sockets.look(flow_id)
+        seen = self._look_at(flow_id)
         if seen is not None and seen.mss_bytes and seen.send_unacknowledged == unacknowledged and not seen.timeouts:
-            self._sockets.repeat_all(flow_id, seen)
+            self._repeat_all(flow_id, seen)
             self.repeated += 1

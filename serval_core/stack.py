@@ -379,7 +379,7 @@ class ServalStack:
                 self._sal.native_proved(flow_id)
 
     def _remind(self) -> None:
-        self._dataplane.remind_of_limits()
+        self._dataplane.segment_limits.remind()
         self._reminder = self._loop.call_later(REMINDER_INTERVAL_S, self._remind)
 
     def _too_big(self) -> None:

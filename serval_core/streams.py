@@ -73,7 +73,7 @@ class Streams:
         self._pending: dict[int, PendingConnect] = {}
         self._listeners: dict[int, Listener] = {}
         self.wrong_injected = 0
-        self.lost_with_path = LostWithPath(dataplane)
+        self.lost_with_path = LostWithPath(dataplane.sockets.look, dataplane.segment_limits.repeat_all)
         self.carry_out: dict[type[Effect], Callable[[Any], None]] = {
             OpenTransport: self._open_transport,
             MovePath: self._move_path,
@@ -198,7 +198,7 @@ class Streams:
             self.lost_with_path.moved(effect.flow_id)
 
     def _inject_segment(self, effect: InjectSegment) -> None:
-        if effect.flow_id in self.connections and not self._dataplane.inject(
+        if effect.flow_id in self.connections and not self._dataplane.sockets.inject(
             effect.flow_id, effect.segment, effect.source, effect.destination
         ):
             self.wrong_injected += 1

@@ -4,7 +4,7 @@ A connection that was handed to a native program has no descriptor in this proce
 has closed it, or died. The kernel then sends TCP FIN or RST by itself, the BPF programs tell, and the SAL follows. What remains:
 
 - a reset by the peer must reach the program: as an RST segment with the sequence number that the socket expects, which
-  `KernelDataPlane.look` tells;
+  `FlowSockets.look` tells;
 - a socket that the kernel gave up on without a segment (retransmissions exhausted) is found by looking at the sockets now and then;
 - a stack that stops leaves nobody waiting: the sockets are reset.
 """
@@ -24,7 +24,8 @@ from serval_core.names import FlowID
 from serval_core.states import State
 
 if TYPE_CHECKING:
-    from serval_core.dataplane.kernel import KernelDataPlane, SocketState
+    from serval_core.dataplane.flow_sockets import SocketState
+    from serval_core.dataplane.kernel import KernelDataPlane
     from serval_core.sal import ServiceAccessLayer
 
 log = structlog.get_logger("serval_core.stack")
@@ -110,10 +111,10 @@ class UnattendedFlows:
             self._timer.cancel()
             self._timer = None
         for flow_id in list(self._holders):
-            seen = self._dataplane.look(flow_id)
+            seen = self._dataplane.sockets.look(flow_id)
             self._sal.abort(flow_id, time.monotonic())
             if seen is not None and seen.state != TCP_TIME_WAIT:
-                self._dataplane.reset_unattended(flow_id, seen)
+                self._dataplane.sockets.reset_unattended(flow_id, seen)
         self._run_effects()
 
     # -- what the peer did --------------------------------------------------------------------------------------------
@@ -122,24 +123,24 @@ class UnattendedFlows:
         """Hand the socket a reset until it has taken one; segments still under way may move what it expects (RFC 5961)."""
         if self._stopped:
             return
-        seen = self._dataplane.look(flow_id)
+        seen = self._dataplane.sockets.look(flow_id)
         if seen is None or seen.state in (TCP_TIME_WAIT, TCP_CLOSED):
             return
         if attempt == RESET_ATTEMPTS:
             log.error("the kernel socket of a reset flow does not take the reset", flow=flow_id)
             return
-        self._dataplane.reset_unattended(flow_id, seen)
+        self._dataplane.sockets.reset_unattended(flow_id, seen)
         self._loop.call_later(RESET_RETRY_S * 2**attempt, self.deliver_reset, flow_id, attempt + 1)
 
     def end_stream(self, flow_id: FlowID, before: SocketState | None = None) -> None:
         """The peer's SAL has closed, its TCP perhaps not: then the stream ends when nothing more has arrived for a while."""
         if self._stopped or flow_id not in self._holders:
             return
-        seen = self._dataplane.look(flow_id)
+        seen = self._dataplane.sockets.look(flow_id)
         if seen is None or seen.state not in READING_STATES:
             return
         if before is not None and seen.receive_next == before.receive_next:
-            self._dataplane.finish_unattended(flow_id, seen)
+            self._dataplane.sockets.finish_unattended(flow_id, seen)
         else:
             self._loop.call_later(END_OF_STREAM_GRACE_S, self.end_stream, flow_id, seen)
 
@@ -152,7 +153,7 @@ class UnattendedFlows:
             self._looked_at = 0
         flows = list(islice(self._holders, self._looked_at, self._looked_at + SOCKETS_PER_LOOK))
         self._looked_at += len(flows)
-        gone = [flow_id for flow_id in flows if self._dataplane.look(flow_id) is None]
+        gone = [flow_id for flow_id in flows if self._dataplane.sockets.look(flow_id) is None]
         if gone:
             # A socket that has just closed in order has told so already.
             self._take_events()

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
-from serval_core.dataplane import after_move, bpf_loader, tcp_repair
+from serval_core.dataplane import bpf_loader, tcp_repair
 from serval_core.dataplane.addresses import KernelPaths
 from serval_core.dataplane.devices import (
     ANCHOR,
-    ANCHOR_MAC,
     ANCHOR_OUTER,
     CHECKSUM,
-    OUTER_MAC,
     OWN_DEVICES,
     SEGMENTER,
     Devices,
 )
 from serval_core.dataplane.encapsulation import Encapsulation
+from serval_core.dataplane.flow_sockets import FlowSockets
 from serval_core.dataplane.forward_batch import BatchForwarder
 from serval_core.dataplane.icmp_errors import IcmpErrors
 from serval_core.dataplane.layouts import (
@@ -70,24 +67,16 @@ from serval_core.dataplane.neighbours import Key, Neighbours
 from serval_core.dataplane.netlink import ChangeMonitor, Netlink
 from serval_core.dataplane.next_hops import Link, NextHops
 from serval_core.dataplane.packet_socket import RawSocket
+from serval_core.dataplane.segment_limits import SegmentLimits, SegmentSize
 from serval_core.dataplane.too_big import TooBigMessages
 from serval_core.effects import LimitSegments, MovePath, OpenTransport
 from serval_core.errors import KernelRefused
 from serval_core.framing import Framing
-from serval_core.handshake import OUTER_UDP_BYTES, mss_for_path
+from serval_core.handshake import OUTER_UDP_BYTES
 from serval_core.names import FlowID, parse_address
-from serval_core.wire import ipv4, sal, tcp_segment
+from serval_core.wire import sal
 
-SOCKET_STATE = struct.Struct("=IIIIIII")
-LOOK_PACKET = bytes(64)  # serval_look answers in it
-LOOK_FOUND = 0  # TC_ACT_OK
-TIMESTAMP_BYTES = 12  # of every TCP header, when both ends have them
-OLD_SEQUENCE_BYTES = 1 << 30  # before any window that a socket can have: such a segment is answered by an ACK
-UNCHANGED_WINDOW = 0xFFFF  # of a segment that is handed to a socket: it must not make the socket stop sending
-ETHERNET_IPV4 = bytes.fromhex((ANCHOR_MAC + OUTER_MAC).replace(":", "")) + b"\x08\x00"
 NO_HEADERS = bytes(12), bytes(12), bytes(6), bytes(6), 0, 0, 0, 0, 0, 0, 0
-REMINDERS_MAX = 256  # at a time: of all flows there can be, within half of the kernel's ten minutes
-
 
 class FlowCounters(NamedTuple):
     """Data packets of a flow on the wire; bytes are those of the IP packets."""
@@ -96,26 +85,6 @@ class FlowCounters(NamedTuple):
     bytes_out: int
     packets_in: int
     bytes_in: int
-
-
-class FlowFeatures(NamedTuple):
-    """What a move has to know of a flow's handshake."""
-
-    peer_is_ours: bool
-    timestamps: bool
-    mss_bytes: int
-
-
-class SocketState(NamedTuple):
-    """What has become of a flow's kernel socket. `state` as in linux/tcp_states.h; in TIME_WAIT the numbers are zero."""
-
-    state: int
-    receive_next: int
-    send_unacknowledged: int
-    timeouts: int  # of the first unacknowledged segment
-    mss_bytes: int  # of what it sends, TCP options not counted
-    send_next: int
-    round_trip_us: int  # smoothed; 0: not known
 
 
 @dataclass(frozen=True)
@@ -148,8 +117,7 @@ class KernelDataPlane:
         self._slots = deque(range(MAX_FLOWS))
         self._slot_of: dict[int, int] = {}
         self._native_port_of: dict[int, int] = {}
-        self._features_of: dict[int, FlowFeatures] = {}
-        self._limits: OrderedDict[FlowID, int] = OrderedDict()  # MTUs that sockets have to be reminded of
+        self._ours: set[FlowID] = set()  # the flows whose peer is a stack like this
         self._received_from: dict[int, int] = {}  # fd -> the sequence number that its socket expected first
         self._needs_checksum: dict[int, bool] = {}
         self._own_macs: dict[int, bytes] = {}
@@ -169,8 +137,8 @@ class KernelDataPlane:
             self.encapsulation = Encapsulation(self._object.program_fd("serval_outer"))
             self.icmp_errors = IcmpErrors()
             self.too_big = TooBigMessages()
-            self._inject = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-            self._inject.bind((ANCHOR_OUTER, 0))
+            self.sockets = FlowSockets(self._object, self._address, self._port, self._network)
+            self.segment_limits = SegmentLimits(self.sockets)
             self.monitor = ChangeMonitor()
             self.neighbours = Neighbours()
             self._next_hops = NextHops(self.neighbours)
@@ -187,9 +155,9 @@ class KernelDataPlane:
         """Reset the sockets of flows that died with a crashed predecessor, which had handed them to other programs."""
         found = []
         for flow_id in self._left_flows():
-            seen = self.look(flow_id)
+            seen = self.sockets.look(flow_id)
             if seen is not None and seen.receive_next:
-                self.reset_unattended(flow_id, seen)
+                self.sockets.reset_unattended(flow_id, seen)
                 found.append(f"connection of flow {flow_id}")
         return found
 
@@ -228,7 +196,7 @@ class KernelDataPlane:
     def close(self) -> None:
         self.monitor.close()
         self.neighbours.close()
-        self._inject.close()
+        self.sockets.close()
         self._raw.close()
         self.encapsulation.close()
         self.native_ports.close()
@@ -368,8 +336,10 @@ class KernelDataPlane:
         if native is not None:
             self._native_port_of[flow_id] = native.local_port
             self.native_ports.give(native.local_port, flow_id)
-        self._features_of[flow_id] = FlowFeatures(
-            flow.peer_is_ours, parameters.timestamp is not None, parameters.mss_bytes
+        if flow.peer_is_ours:
+            self._ours.add(flow_id)
+        self.segment_limits.begin(
+            flow_id, SegmentSize(parameters.mss_bytes, timestamps=parameters.timestamp is not None)
         )
         self._received_from[fd] = parameters.receive_next
         return fd
@@ -398,9 +368,7 @@ class KernelDataPlane:
         old_path = self.neighbours.release(flow_id)
         macs = self._macs(self.neighbours.use(flow_id, (index, path.next_hop)), index)
         flags = int.from_bytes(entry[FLOW_FLAGS], "little") & ~(FLOW_NEIGHBOUR_KNOWN | FLOW_CHECKSUMS)
-        features = self._features_of.get(flow_id)
-        peer_is_ours = features is not None and features.peer_is_ours
-        flags |= self._checksum_flags(peer_is_ours, index, moved.outer_ports is not None)
+        flags |= self._checksum_flags(flow_id in self._ours, index, moved.outer_ports is not None)
         if moved.outer_ports is not None:
             flags &= ~FLOW_NATIVE
         entry[FLOW_OUTER_PORTS] = OUTER_PORTS.pack(*(moved.outer_ports or (0, 0)))
@@ -408,12 +376,14 @@ class KernelDataPlane:
         entry[FLOW_MACS] = b"".join(macs) if macs else bytes(12)
         entry[FLOW_PATH_NUMBER] = (int.from_bytes(entry[FLOW_PATH_NUMBER], "big") + 1).to_bytes(4, "big")
         self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
-        seen = self.look(flow_id)
+        seen = self.sockets.look(flow_id)
         if seen is not None and seen.receive_next:
             if old_path is not None and old_path != (index, path.next_hop):
                 self.neighbours.give_up(old_path)
             outer_bytes = 0 if moved.outer_ports is None else OUTER_UDP_BYTES
-            self._resume(flow_id, seen, moved.mtu_bytes - outer_bytes)
+            self.segment_limits.limit(flow_id, seen, moved.mtu_bytes - outer_bytes, True)
+            self.sockets.take_back_timeouts(flow_id, seen)
+            self.sockets.have_it_acknowledge(flow_id, seen)
         return True
 
     def expect_peer(self, flow_id: FlowID, address: int) -> None:
@@ -424,61 +394,14 @@ class KernelDataPlane:
             entry[FLOW_OTHER_PEER] = address.to_bytes(4, "big")
             self._flows.update(FLOW_KEY.pack(flow_id), bytes(entry))
 
-    def _resume(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
-        """Tell the kernel socket of a flow what the new path means for it."""
-        self._limit_segments(flow_id, seen, mtu_bytes, True)
-        for _ in range(min(seen.timeouts, after_move.DOUBLINGS_MAX)):
-            self._hand_packet(after_move.unreachable(self._ends(flow_id), seen.send_unacknowledged))
-        old_sequence = seen.receive_next - OLD_SEQUENCE_BYTES & 0xFFFFFFFF
-        self._hand(flow_id, tcp_segment.ACK, old_sequence, seen.send_unacknowledged)
-
-    def repeat_all(self, flow_id: FlowID, seen: SocketState) -> None:
-        """Have the kernel socket repeat all that is unacknowledged, at once: it was lost with a path that is no more."""
-        features = self._features_of.get(flow_id)
-        options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
-        headers_bytes = sal.BASE_BYTES + ipv4.HEADER_BYTES + tcp_segment.HEADER_BYTES + options_bytes
-        mtu_bytes = headers_bytes + seen.mss_bytes - 1
-        if flow_id in self._limits:
-            self._limits[flow_id] = mtu_bytes  # the kernel ignores being reminded of a larger one
-        self._hand_too_big(flow_id, seen, mtu_bytes)
-
     def limit_segments(self, wanted: LimitSegments) -> None:
         """Have a flow's kernel socket send no packets that are larger than its path carries."""
         flow_id = wanted.flow_id
-        seen = self.look(flow_id)
+        seen = self.sockets.look(flow_id)
         value = self._flows.get(FLOW_KEY.pack(flow_id))
         if seen is not None and seen.mss_bytes and value is not None:
             outer_bytes = OUTER_UDP_BYTES if any(value[FLOW_OUTER_PORTS]) else 0
-            self._limit_segments(flow_id, seen, wanted.mtu_bytes - outer_bytes, wanted.lasting)
-
-    def _limit_segments(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int, lasting: bool) -> None:
-        features = self._features_of.get(flow_id)
-        options_bytes = TIMESTAMP_BYTES if features is not None and features.timestamps else 0
-        if lasting and features is not None and features.mss_bytes > mss_for_path(mtu_bytes):
-            self._limits[flow_id] = mtu_bytes
-        elif lasting:
-            self._limits.pop(flow_id, None)
-        if seen.mss_bytes + options_bytes > mss_for_path(mtu_bytes):
-            self._hand_too_big(flow_id, seen, mtu_bytes)
-
-    def _hand_too_big(self, flow_id: FlowID, seen: SocketState, mtu_bytes: int) -> None:
-        # The kernel ignores errors about what is acknowledged by the time that they come: the newest has the best chance.
-        self._hand_packet(after_move.too_big(self._ends(flow_id), seen.send_next, mtu_bytes))
-
-    def remind_of_limits(self) -> None:
-        """Tell some of the sockets again how large their packets may be, those first that have not been told for the longest time.
-
-        The kernel forgets it after `net.ipv4.route.mtu_expires`, unless it is told again in the second half of that
-        time. What is too large then has no router on its way that would say so.
-        """
-        for flow_id in list(islice(self._limits, REMINDERS_MAX)):
-            self._limits.move_to_end(flow_id)
-            seen = self.look(flow_id)
-            if seen is not None and seen.mss_bytes:
-                self._hand_too_big(flow_id, seen, self._limits[flow_id])
-
-    def _ends(self, flow_id: FlowID) -> after_move.VirtualTuple:
-        return after_move.VirtualTuple(self._address, self._port, self._network | flow_id >> 16, flow_id & 0xFFFF)
+            self.segment_limits.limit(flow_id, seen, wanted.mtu_bytes - outer_bytes, wanted.lasting)
 
     def neighbours_changed(self) -> None:
         """Carry what the kernel reports of next hops into the flows that use them."""
@@ -515,8 +438,8 @@ class KernelDataPlane:
         if native_port:
             self.native_ports.take_back(native_port, flow_id)
         slot = self._slot_of.pop(flow_id, None)
-        self._features_of.pop(flow_id, None)
-        self._limits.pop(flow_id, None)
+        self._ours.discard(flow_id)
+        self.segment_limits.forget(flow_id)
         if slot is not None:
             self._slots.append(slot)
         return counters
@@ -531,59 +454,9 @@ class KernelDataPlane:
         del self._received_from[fd]
         os.close(fd)
 
-    def look(self, flow_id: FlowID) -> SocketState | None:
-        """The kernel socket of a flow whose descriptor another process has; None when it is gone."""
-        mark = int.from_bytes(FLOW_KEY.pack(flow_id), sys.byteorder)
-        verdict, answer, _ = self._object.test_run("serval_look", LOOK_PACKET, mark)
-        return SocketState(*SOCKET_STATE.unpack_from(answer)) if verdict == LOOK_FOUND else None
-
-    def reset_unattended(self, flow_id: FlowID, seen: SocketState) -> None:
-        """`reset` for a socket whose descriptor another process has."""
-        self._hand(flow_id, tcp_segment.RST, seen.receive_next, 0)
-
-    def finish_unattended(self, flow_id: FlowID, seen: SocketState) -> None:
-        """Let whoever reads from the socket see the end of the stream, by handing it the FIN that its peer did not send."""
-        self._hand(flow_id, tcp_segment.FIN | tcp_segment.ACK, seen.receive_next, seen.send_unacknowledged)
-
     def reset(self, flow_id: FlowID, fd: int) -> None:
-        """Let whoever uses the socket see a reset, by handing it the RST that a TCP peer would have sent (RFC 9293, 3.10.7).
-
-        The socket ignores it when a segment that was still on its way inside the kernel moves what it expects meanwhile.
-        """
-        sequence = self._received_from[fd] + tcp_repair.received(fd) & 0xFFFFFFFF
-        self._hand(flow_id, tcp_segment.RST, sequence, 0)
-
-    def _hand(self, flow_id: FlowID, flags: int, sequence: int, acknowledgement: int) -> None:
-        """Deliver a segment without data to the flow's kernel socket, as if its TCP peer had sent it."""
-        segment = tcp_segment.TcpSegment(
-            flow_id & 0xFFFF,
-            self._port,
-            sequence,
-            acknowledgement,
-            flags,
-            UNCHANGED_WINDOW if acknowledgement else 0,
-            0,
-            tcp_segment.TcpOptions(None, None, False, None, None),
-            b"",
-        )
-        remote = self._network | flow_id >> 16
-        self._deliver(tcp_segment.emit(segment, remote, self._address), remote)
-
-    def inject(self, flow_id: FlowID, segment: bytes, source: int, destination: int) -> bool:
-        """Deliver a TCP segment that came up to user space before its socket existed; False if its checksum is wrong."""
-        if tcp_segment.checksum_state(segment, source, destination) == "wrong":
-            return False
-        remote = self._network | flow_id >> 16
-        ports = (flow_id & 0xFFFF).to_bytes(2, "big") + self._port.to_bytes(2, "big")
-        self._deliver(tcp_segment.complete_checksum(ports + segment[4:], remote, self._address), remote)
-        return True
-
-    def _deliver(self, segment: bytes, remote: int) -> None:
-        self._hand_packet(ipv4.emit(remote, self._address, sal.PROTOCOL_TCP, segment))
-
-    def _hand_packet(self, packet: bytes) -> None:
-        """Deliver an IPv4 packet to the virtual address, as if it had come from a network."""
-        self._inject.send(ETHERNET_IPV4 + packet)
+        """Let whoever uses a transport's socket see a reset; `FlowSockets.reset`."""
+        self.sockets.reset(flow_id, fd, self._received_from[fd])
 
     # -- what the programs noticed ------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import pytest
 from lab.hosts import Lab
 from lab.waiting import wait_for
 from serval_core import sockets, unattended
-from serval_core.dataplane.kernel import SocketState
+from serval_core.dataplane.flow_sockets import SocketState
 from serval_core.errors import KernelRefused
 from serval_core.names import FlowID, parse_service
 from serval_core.sal_settings import SalSettings
@@ -276,8 +276,8 @@ def test_one_failure_does_not_end_the_looking_at_sockets(
 ) -> None:
     """Sockets that the kernel gives up on are found by looking only."""
     monkeypatch.setattr(unattended, "LOOK_INTERVAL_S", 0.02)
-    dataplane = hosts.near.stack._dataplane
-    look, looks = dataplane.look, []
+    sockets = hosts.near.stack._dataplane.sockets
+    look, looks = sockets.look, []
 
     def fail_once(flow_id: FlowID) -> SocketState | None:
         looks.append(flow_id)
@@ -285,7 +285,7 @@ def test_one_failure_does_not_end_the_looking_at_sockets(
             raise KernelRefused("BPF_PROG_TEST_RUN", errno.ENOMEM, "")
         return look(flow_id)
 
-    monkeypatch.setattr(dataplane, "look", fail_once)
+    monkeypatch.setattr(sockets, "look", fail_once)
     near, far = hosts.pair()
     wait_for(lambda: len(looks) > 3, "it is looked at again")
     near.sendall(b"x")

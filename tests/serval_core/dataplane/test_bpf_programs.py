@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from serval_core.dataplane.bpf_loader import BpfObject
-from serval_core.dataplane.kernel import LOOK_PACKET
+from serval_core.dataplane.flow_sockets import LOOK_PACKET
 from serval_core.dataplane.layouts import (
     CONFIGURATION,
     DROP_REASONS,
