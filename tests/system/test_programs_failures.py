@@ -110,4 +110,4 @@ def test_a_drained_translator_lets_open_connections_finish(own_chain: Chain, lis
 def test_the_lab_sees_what_a_running_stack_adds_to_the_kernel(own_chain: Chain) -> None:
     own_chain.start_reverse()
     assert any("serval0" in trace for trace in kernel_traces(own_chain.reverse_host))
-    assert "table ip serval" in kernel_traces(own_chain.reverse_host)
+    assert "table netdev serval" in kernel_traces(own_chain.reverse_host)
