@@ -10,6 +10,7 @@
  */
 #pragma once
 
+#include "access.h"
 #include "checksum.h"
 #include "consts.h"
 #include "maps.h"
@@ -125,12 +126,7 @@ static __always_inline int send_native(struct __sk_buff *skb, struct flow *flow,
 	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
 	if (flow->flags & FLOW_NEIGHBOUR_KNOWN)
 		return bpf_redirect(flow->ifindex, 0);
-
-	struct bpf_redir_neigh neighbour;
-	__builtin_memset(&neighbour, 0, sizeof(neighbour));
-	neighbour.nh_family = 2; /* AF_INET */
-	neighbour.ipv4_nh = flow->next_hop;
-	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
+	return redirect_to_next_hop(flow);
 }
 
 /* An acknowledgement has come: does it show that native data of ours got through? */

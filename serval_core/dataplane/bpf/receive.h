@@ -11,6 +11,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "access.h"
 #include "checksum.h"
 #include "consts.h"
 #include "encapsulation.h"
@@ -61,14 +62,8 @@ static __always_inline int receive_native(struct __sk_buff *skb, void *data, voi
 {
 	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES;
 
-	if (data + needed > end) {
-		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
-			return TC_ACT_UNSPEC;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-		if (data + needed > end)
-			return TC_ACT_UNSPEC;
-	}
+	if (!has_bytes(skb, &data, &end, needed))
+		return TC_ACT_UNSPEC;
 	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES;
 	__u32 port = bpf_ntohs(tcp->dest);
 	struct native_port *ours = bpf_map_lookup_elem(&native_ports, &port);
@@ -121,14 +116,8 @@ static __always_inline int receive_behind_header(struct __sk_buff *skb, void *da
 	const __u32 header_bytes = outer_bytes + SAL_HEADER_BYTES;
 	const __u32 needed = ETHERNET_BYTES + IPV4_BYTES + header_bytes + TCP_BYTES;
 
-	if (data + needed > end) {
-		if (skb->len < needed || bpf_skb_pull_data(skb, needed))
-			return TC_ACT_UNSPEC;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-		if (data + needed > end)
-			return TC_ACT_UNSPEC;
-	}
+	if (!has_bytes(skb, &data, &end, needed))
+		return TC_ACT_UNSPEC;
 	struct iphdr *ip = data + ETHERNET_BYTES;
 	struct sal_header *sal = data + ETHERNET_BYTES + IPV4_BYTES + outer_bytes;
 	if (sal->length_words != SAL_HEADER_WORDS || sal->protocol != IPPROTO_TCP)

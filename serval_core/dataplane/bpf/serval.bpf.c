@@ -21,6 +21,7 @@
 #include "consts.h"
 #include "structs.h"
 #include "maps.h"
+#include "access.h"
 #include "serial.h"
 #include "checksum.h"
 #include "tcp_checksum.h"
@@ -102,19 +103,11 @@ SEC("tc")
 int serval_out(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (!has_bytes(skb, &data, &end, ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES))
+		return drop(DROP_OUT_NOT_A_FLOW);
 	struct iphdr *ip = data + ETHERNET_BYTES;
 	struct tcphdr *tcp = data + ETHERNET_BYTES + IPV4_BYTES;
-
-	if ((void *)(tcp + 1) > end) {
-		if (bpf_skb_pull_data(skb, ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES))
-			return drop(DROP_OUT_NOT_A_FLOW);
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-		ip = data + ETHERNET_BYTES;
-		tcp = data + ETHERNET_BYTES + IPV4_BYTES;
-		if ((void *)(tcp + 1) > end)
-			return drop(DROP_OUT_NOT_A_FLOW);
-	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || ip->protocol != IPPROTO_TCP || ip->ihl != 5)
 		return drop(DROP_OUT_NOT_A_FLOW);
 	/* A socket that some program connected to a virtual tuple by itself is not the flow's. */
@@ -200,12 +193,7 @@ int serval_insert(struct __sk_buff *skb)
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
 	if (!flow)
 		return drop(DROP_OUT_NOT_A_FLOW);
-	/* Zeroed as a whole: without CAP_PERFMON the verifier refuses to let padding of the stack out. */
-	struct bpf_redir_neigh neighbour;
-	__builtin_memset(&neighbour, 0, sizeof(neighbour));
-	neighbour.nh_family = 2; /* AF_INET */
-	neighbour.ipv4_nh = flow->next_hop;
-	return bpf_redirect_neigh(flow->ifindex, &neighbour, sizeof(neighbour), 0);
+	return redirect_to_next_hop(flow);
 }
 
 /* Ingress of every interface that carries Serval: data packets of known flows go to their socket, all else is untouched. */
@@ -213,20 +201,10 @@ SEC("tc")
 int serval_in(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct iphdr *ip = data + ETHERNET_BYTES;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !has_bytes(skb, &data, &end, ETHERNET_BYTES + IPV4_BYTES))
 		return TC_ACT_UNSPEC;
-	if ((void *)(ip + 1) > end) {
-		/* Drivers that receive into pages leave no more than the Ethernet header here. */
-		if (bpf_skb_pull_data(skb, ETHERNET_BYTES + IPV4_BYTES))
-			return TC_ACT_UNSPEC;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-		ip = data + ETHERNET_BYTES;
-		if ((void *)(ip + 1) > end)
-			return TC_ACT_UNSPEC;
-	}
+	struct iphdr *ip = data + ETHERNET_BYTES;
 	/* The virtual tuples are ours alone: nobody on a wire may talk to a socket past the SAL. */
 	if (ip->daddr == virtual_network.local_address)
 		return drop(DROP_IN_VIRTUAL_ADDRESS);
