@@ -26,12 +26,29 @@ static __always_inline __be32 virtual_ports(__be32 id)
 	return bpf_htonl(bpf_ntohl(id) << 16 | bpf_ntohs(virtual_network.local_port));
 }
 
+/* The remote address of the virtual tuple. */
+static __always_inline __be32 virtual_remote(__be32 id)
+{
+	return virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
+}
+
 /* The MAC address of serval0: dataplane/devices.py gives it. */
 static __always_inline void address_to_anchor(struct ethhdr *ethernet)
 {
 	static const __u8 anchor[ETH_ALEN] = { 0x02, 0x53, 0x41, 0x4c, 0, 0 };
 
 	__builtin_memcpy(ethernet->h_dest, anchor, ETH_ALEN);
+}
+
+/* Give a segment the virtual tuple of its flow's socket, and the MAC address of serval0. Its TCP checksum is not touched. */
+static __always_inline void address_to_socket(struct ethhdr *ethernet, struct iphdr *ip, struct tcphdr *tcp, __be32 id)
+{
+	ip->saddr = virtual_remote(id);
+	ip->daddr = virtual_network.local_address;
+	ip->check = 0;
+	ip->check = ipv4_checksum(ip);
+	*(__be32 *)tcp = virtual_ports(id);
+	address_to_anchor(ethernet);
 }
 
 /* What a segment of the peer says that others than the socket want to know. `length`: of the IP packet. */
@@ -92,18 +109,11 @@ static __always_inline int receive_native(struct __sk_buff *skb, void *data, voi
 	if (segments > 1)
 		__sync_fetch_and_add(&state->in.packets, segments - 1);
 
-	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
-	__be32 local = virtual_network.local_address;
-	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local);
-	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
+	__u64 difference = address_difference(ip->saddr, ip->daddr, virtual_remote(id), virtual_network.local_address);
+	__be32 old_ports = *(__be32 *)tcp;
 
-	ip->saddr = remote;
-	ip->daddr = local;
-	ip->check = 0;
-	ip->check = ipv4_checksum(ip);
-	*(__be32 *)tcp = new_ports;
-	address_to_anchor(data);
-	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
+	address_to_socket(data, ip, tcp, id);
+	replace_tcp_checksum(skb, tcp, old_ports, virtual_ports(id), difference);
 	return bpf_redirect(virtual_network.anchor_ifindex, BPF_F_INGRESS);
 }
 
@@ -152,10 +162,8 @@ static __always_inline int receive_behind_header(struct __sk_buff *skb, void *da
 		state->peer_in_sal++;
 	note_arrival(id, flow, state, tcp, length);
 
-	__be32 remote = virtual_network.remote_network | bpf_htonl(bpf_ntohl(id) >> 16);
-	__be32 local = virtual_network.local_address;
-	__u64 difference = address_difference(ip->saddr, ip->daddr, remote, local) + translated;
-	__be32 old_ports = *(__be32 *)tcp, new_ports = virtual_ports(id);
+	__u64 difference = address_difference(ip->saddr, ip->daddr, virtual_remote(id), virtual_network.local_address) + translated;
+	__be32 old_ports = *(__be32 *)tcp;
 
 	difference = (difference & 0xffffffff) + (difference >> 32);
 	if (bpf_skb_adjust_room(skb, -(__s32)header_bytes, BPF_ADJ_ROOM_NET,
@@ -166,18 +174,12 @@ static __always_inline int receive_behind_header(struct __sk_buff *skb, void *da
 	if (data + ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES > end)
 		return drop(DROP_IN_STRIP_FAILED);
 
-	struct ethhdr *ethernet = data;
 	ip = data + ETHERNET_BYTES;
 	tcp = data + ETHERNET_BYTES + IPV4_BYTES;
 	ip->protocol = IPPROTO_TCP;
-	ip->saddr = remote;
-	ip->daddr = local;
 	ip->tot_len = bpf_htons(length - header_bytes);
-	ip->check = 0;
-	ip->check = ipv4_checksum(ip);
-	*(__be32 *)tcp = new_ports;
-	address_to_anchor(ethernet);
-	replace_tcp_checksum(skb, tcp, old_ports, new_ports, difference);
+	address_to_socket(data, ip, tcp, id);
+	replace_tcp_checksum(skb, tcp, old_ports, virtual_ports(id), difference);
 	return bpf_redirect(virtual_network.anchor_outer_ifindex, 0);
 }
 

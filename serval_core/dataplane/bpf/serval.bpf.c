@@ -272,7 +272,7 @@ int serval_look(struct __sk_buff *skb)
 
 	if ((void *)(found + 1) > end)
 		return TC_ACT_SHOT;
-	tuple.ipv4.saddr = virtual_network.remote_network | bpf_htonl(id >> 16);
+	tuple.ipv4.saddr = virtual_remote(skb->mark);
 	tuple.ipv4.sport = bpf_htons(id);
 	tuple.ipv4.daddr = virtual_network.local_address;
 	tuple.ipv4.dport = virtual_network.local_port;
