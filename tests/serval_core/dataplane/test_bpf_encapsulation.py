@@ -14,7 +14,6 @@ from serval_core.dataplane.bpf_loader import BpfObject
 from serval_core.dataplane.layouts import (
     CONFIGURATION,
     EVENT,
-    FLOW,
     FLOW_COMPLETE_CHECKSUM,
     FLOW_EXPECTED,
     FLOW_KEY,
@@ -47,6 +46,7 @@ from tests.serval_core.dataplane.test_bpf_programs import (
     VIRTUAL_REMOTE,
     changed,
     drops,
+    flow_value,
 )
 
 OURS = OuterPorts(54325, 4000)  # we are a server, and the client's NAT has chosen port 4000
@@ -64,24 +64,7 @@ def programs() -> Iterator[BpfObject]:
     configuration = CONFIGURATION.pack(VIRTUAL_LOCAL, VIRTUAL_REMOTE, VIRTUAL_PORT, *[struct.pack("=I", 1)] * 4)
     loaded = BpfObject(str(OBJECT_FILE), configuration)
     for flow_id, flags in ((OUR_FLOW, FLOW_COMPLETE_CHECKSUM | FLOW_NEIGHBOUR_KNOWN), (HALF_OPEN, FLOW_EXPECTED)):
-        value = FLOW.pack(
-            US,
-            PEER,
-            PEER,
-            struct.pack("=I", 1),
-            SLOT,
-            struct.pack("=I", flags),
-            sal.data_header(flow_id, PEER_FLOW, 6),
-            sal.data_header(PEER_FLOW, flow_id, 6),
-            bytes.fromhex("0200000000bb"),
-            bytes.fromhex("0200000000aa"),
-            0,
-            0,
-            *OURS,
-            0,
-            0,
-            0,
-        )
+        value = flow_value(flow_id, 0, flags, outer_ports=OURS)
         loaded.map("flows").update(FLOW_KEY.pack(flow_id), value)
     yield loaded
     loaded.close()

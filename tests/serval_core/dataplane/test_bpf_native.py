@@ -13,7 +13,6 @@ from serval_core.dataplane.bpf_loader import BpfObject
 from serval_core.dataplane.layouts import (
     CONFIGURATION,
     EVENT,
-    FLOW,
     FLOW_KEY,
     FLOW_NATIVE,
     FLOW_NEIGHBOUR_KNOWN,
@@ -40,6 +39,7 @@ from tests.serval_core.dataplane.test_bpf_programs import (
     VIRTUAL_PORT,
     VIRTUAL_REMOTE,
     drops,
+    flow_value,
 )
 
 OUR_PORT, PEER_PORT, GONE_PORT = 61000, 62000, 61001
@@ -68,24 +68,13 @@ def flow(programs: BpfObject) -> None:
 
 
 def put_flow(programs: BpfObject, flags: int, path_number: int = 0) -> None:
-    value = FLOW.pack(
-        US,
-        PEER,
-        PEER,
-        struct.pack("=I", 1),
-        SLOT,
-        struct.pack("=I", flags | FLOW_NEIGHBOUR_KNOWN),
-        sal.data_header(OUR_FLOW, PEER_FLOW, 6),
-        sal.data_header(PEER_FLOW, OUR_FLOW, 6),
-        bytes.fromhex("0200000000bb"),
-        bytes.fromhex("0200000000aa"),
-        OUR_PORT,
-        PEER_PORT,
+    value = flow_value(
+        OUR_FLOW,
         0,
-        0,
-        path_number,
-        OTHER_US,
-        OTHER_PEER,
+        flags | FLOW_NEIGHBOUR_KNOWN,
+        native_ports=(OUR_PORT, PEER_PORT),
+        path_number=path_number,
+        other_addresses=(OTHER_US, OTHER_PEER),
     )
     programs.map("flows").update(FLOW_KEY.pack(OUR_FLOW), value)
 

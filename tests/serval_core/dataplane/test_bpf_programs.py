@@ -43,7 +43,6 @@ ETHERNET = bytes.fromhex("02000000000a02000000000b0800")
 DELIVERED = bytes.fromhex("02534 14c0000".replace(" ", "")) + bytes.fromhex("02000000000b0800")
 TO_NEIGHBOUR = bytes.fromhex("0200000000bb0200000000aa0800")
 WIRE_INDEX, ASK_NEIGHBOUR = 1, 0x80000000
-NO_PORTS = 0, 0, 0, 0, 0, 0, 0  # no native ones, no outer ones; path number; no other addresses
 SEQUENCE, ACKNOWLEDGEMENT = 1000, 2000
 
 
@@ -69,20 +68,36 @@ def flows(programs: BpfObject) -> None:
     ):
         programs.map("flows").update(
             struct.pack("!I", flow_id),
-            FLOW.pack(
-                US,
-                PEER,
-                PEER,
-                struct.pack("=I", 1),
-                struct.pack("=I", slot),
-                struct.pack("=I", flags),
-                sal.data_header(flow_id, PEER_FLOW, 6),
-                sal.data_header(PEER_FLOW, flow_id, 6),
-                bytes.fromhex("0200000000bb"),
-                bytes.fromhex("0200000000aa"),
-                *NO_PORTS,
-            ),
+            flow_value(flow_id, slot, flags),
         )
+
+
+def flow_value(
+    flow_id: int,
+    slot: int,
+    flags: int,
+    native_ports: tuple[int, int] = (0, 0),
+    outer_ports: tuple[int, int] = (0, 0),
+    path_number: int = 0,
+    other_addresses: tuple[int, int] = (0, 0),
+) -> bytes:
+    """The entry of a flow between us and the peer, through interface 1."""
+    return FLOW.pack(
+        US,
+        PEER,
+        PEER,
+        struct.pack("=I", 1),
+        struct.pack("=I", slot),
+        struct.pack("=I", flags),
+        sal.data_header(flow_id, PEER_FLOW, 6),
+        sal.data_header(PEER_FLOW, flow_id, 6),
+        bytes.fromhex("0200000000bb"),
+        bytes.fromhex("0200000000aa"),
+        *native_ports,
+        *outer_ports,
+        path_number,
+        *other_addresses,
+    )
 
 
 def segment(
