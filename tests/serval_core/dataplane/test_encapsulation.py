@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lab.hosts import Host, Lab
+from lab.timed_packets import SO_RCVBUFFORCE
 from lab.waiting import wait_for
-from lab.wire_counter import WireCounter
+from lab.wire_counter import ETHERTYPE_IPV4, SOL_PACKET, WireCounter
 from serval_core.framing import Framing
 from serval_core.sal_settings import SalSettings
 from tests.serval_core.dataplane.test_native import IPPROTO_SAL, block, connected, framings
@@ -24,7 +25,7 @@ UDP = SalSettings(time_wait_s=0.2, fin_wait2_s=0.5, framing=Framing.UDP)
 PUBLIC = "10.2.0.254"
 FEW_BYTES = 50_000  # fit into the first window
 
-ETH_P_IP, SOL_PACKET, PACKET_AUXDATA, SO_RCVBUFFORCE = 0x0800, 263, 8, 33
+PACKET_AUXDATA = 8
 TP_STATUS_CSUMNOTREADY = 8
 
 
@@ -87,10 +88,10 @@ def unfinished_checksums(router: Host) -> Iterator[Callable[[], list[bool]]]:
     """Tells of each large packet from the client whether its inner checksum is still to be computed (packet(7), PACKET_AUXDATA)."""
 
     def listen() -> socket.socket:
-        opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+        opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETHERTYPE_IPV4))
         opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 << 20)
         opened.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
-        opened.bind(("eth0", ETH_P_IP))
+        opened.bind(("eth0", ETHERTYPE_IPV4))
         return opened
 
     with router.call(listen) as watch:
